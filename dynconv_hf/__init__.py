@@ -1,0 +1,1 @@
+"""Dynamic short convolutions for Hugging Face transformers."""

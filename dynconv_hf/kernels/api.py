@@ -1,0 +1,428 @@
+"""The public operation: what it means, what it accepts, and which implementation runs.
+
+Shapes: B batch, T tokens, D channels, W kernel size (1 to 8), R rank, H filter heads (H divides D):
+
+    y[b, t, d] = (x[b, t, d] if residual) + sum_{w=0}^{W-1} k[b, t, d, w] * x[b, t - w, d]
+
+Tap w multiplies the token w steps back. The filter k is
+
+    static     k = s[w, d]
+    headwise   k = f[b, t, d // (D / H), w]             (+ s[w, d])
+    lowrank    k = sum_r z[b, t, r] * u[r, w, d]        (+ s[w, d])
+
+Sums accumulate in float32 (float64 for float64 inputs), whatever the dtypes of the arguments; y has x's dtype.
+
+Source: Sieberling, Runwal, Panda, Kim, "Dynamic Short Convolutions Improve Transformers", arXiv 2606.03825;
+the static relative: Canon layers, Allen-Zhu 2025.
+"""
+
+import os
+from typing import Literal, overload
+
+import torch
+
+from .reference import headwise_reference, lowrank_reference, static_reference
+
+__all__ = [
+    "MAX_KERNEL_SIZE",
+    "headwise_dynamic_conv1d",
+    "headwise_dynamic_conv1d_update",
+    "lowrank_dynamic_conv1d",
+    "lowrank_dynamic_conv1d_update",
+    "static_conv1d",
+    "static_conv1d_update",
+]
+
+MAX_KERNEL_SIZE = 8
+
+Implementation = Literal["auto", "triton", "reference"]
+Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def headwise_dynamic_conv1d(
+    x: torch.Tensor,
+    filters: torch.Tensor,
+    *,
+    static_filter: torch.Tensor | None = None,
+    residual: bool = True,
+    positions: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    return_final_state: bool = False,
+    impl: Implementation = "auto",
+) -> Output:
+    """Causal short convolution with a filter for each token and each head of D / H neighbouring channels.
+
+    Args:
+        x: (B, T, D), float32, float64, bfloat16 or float16; any strides.
+        filters: (B, T, H, W), floating; H divides D, W from 1 to 8.
+        static_filter: (W, D), floating; a filter shared by all tokens, added to `filters`.
+        residual: add x to the output.
+        positions: (B, T) or (1, T), integer; the index of each token within its own sequence. Tap w counts only
+            where `positions >= w`. None: nothing is cut off.
+        initial_state: (B, W - 1, D), floating; the inputs just before the first token, oldest first. None: zeros.
+        return_final_state: also return the state for the next call, (B, W - 1, D) in x's dtype.
+        impl: "auto", "triton" or "reference". The environment variable DYNCONV_IMPL overrides "auto".
+
+    Returns:
+        y (B, T, D) in x's dtype, or (y, final_state) with `return_final_state=True`.
+
+    Raises:
+        TypeError: an argument is not a tensor of the right kind.
+        ValueError: a shape, a device or `impl` does not fit; the message holds the offending value.
+    """
+    _check_input("x", x, "(B, T, D)", 3)
+    _check_floating("filters", filters)
+    if filters.ndim != 4 or filters.shape[:2] != x.shape[:2]:
+        raise ValueError(
+            f"filters must have shape (B, T, H, W) with B, T = {tuple(x.shape[:2])} as in x, got {tuple(filters.shape)}"
+        )
+    heads, kernel_size = filters.shape[2:]
+    _check_kernel_size(kernel_size, "filters", filters)
+    _check_heads(heads, x.shape[-1])
+    _check_common(x, kernel_size, static_filter, positions, initial_state)
+    _check_device(x, filters=filters, static_filter=static_filter, positions=positions, initial_state=initial_state)
+    _select_implementation(impl)
+    y, final_state = headwise_reference(
+        x,
+        filters,
+        static_filter_WD=static_filter,
+        residual=residual,
+        positions_BT=positions,
+        initial_state_BSD=initial_state,
+    )
+    # A copy: the state outlives the call, and must not keep all of its inputs in memory.
+    return (y, final_state.clone()) if return_final_state else y
+
+
+def lowrank_dynamic_conv1d(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    basis: torch.Tensor,
+    *,
+    static_filter: torch.Tensor | None = None,
+    residual: bool = True,
+    positions: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    return_final_state: bool = False,
+    impl: Implementation = "auto",
+) -> Output:
+    """Causal short convolution whose filters are combinations, chosen by each token, of R learned filters.
+
+    Args:
+        x: (B, T, D), float32, float64, bfloat16 or float16; any strides.
+        coefficients: (B, T, R), floating; R >= 1.
+        basis: (R, W, D), floating; W from 1 to 8.
+        static_filter, residual, positions, initial_state, return_final_state, impl: as for
+            [`headwise_dynamic_conv1d`].
+
+    Returns:
+        y (B, T, D) in x's dtype, or (y, final_state) with `return_final_state=True`.
+
+    Raises:
+        TypeError: an argument is not a tensor of the right kind.
+        ValueError: a shape, a device or `impl` does not fit; the message holds the offending value.
+    """
+    _check_input("x", x, "(B, T, D)", 3)
+    _check_floating("coefficients", coefficients)
+    _check_floating("basis", basis)
+    if coefficients.ndim != 3 or coefficients.shape[:2] != x.shape[:2]:
+        raise ValueError(
+            f"coefficients must have shape (B, T, R) with B, T = {tuple(x.shape[:2])} as in x, "
+            f"got {tuple(coefficients.shape)}"
+        )
+    rank, channels = coefficients.shape[-1], x.shape[-1]
+    _check_rank(rank, coefficients)
+    if basis.ndim != 3 or basis.shape[0] != rank or basis.shape[2] != channels:
+        raise ValueError(
+            f"basis must have shape (R, W, D) with R = {rank} as in coefficients and D = {channels} as in x, "
+            f"got {tuple(basis.shape)}"
+        )
+    kernel_size = basis.shape[1]
+    _check_kernel_size(kernel_size, "basis", basis)
+    _check_common(x, kernel_size, static_filter, positions, initial_state)
+    _check_device(
+        x,
+        coefficients=coefficients,
+        basis=basis,
+        static_filter=static_filter,
+        positions=positions,
+        initial_state=initial_state,
+    )
+    _select_implementation(impl)
+    y, final_state = lowrank_reference(
+        x,
+        coefficients,
+        basis,
+        static_filter_WD=static_filter,
+        residual=residual,
+        positions_BT=positions,
+        initial_state_BSD=initial_state,
+    )
+    # A copy: the state outlives the call, and must not keep all of its inputs in memory.
+    return (y, final_state.clone()) if return_final_state else y
+
+
+def static_conv1d(
+    x: torch.Tensor,
+    static_filter: torch.Tensor,
+    *,
+    residual: bool = True,
+    positions: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    return_final_state: bool = False,
+    impl: Implementation = "auto",
+) -> Output:
+    """Causal short convolution with one filter per channel, the same for all tokens (a Canon layer).
+
+    Args:
+        x: (B, T, D), float32, float64, bfloat16 or float16; any strides.
+        static_filter: (W, D), floating; W from 1 to 8.
+        residual, positions, initial_state, return_final_state, impl: as for [`headwise_dynamic_conv1d`].
+
+    Returns:
+        y (B, T, D) in x's dtype, or (y, final_state) with `return_final_state=True`.
+
+    Raises:
+        TypeError: an argument is not a tensor of the right kind.
+        ValueError: a shape, a device or `impl` does not fit; the message holds the offending value.
+    """
+    _check_input("x", x, "(B, T, D)", 3)
+    _check_floating("static_filter", static_filter)
+    if static_filter.ndim != 2:
+        raise ValueError(f"static_filter must have shape (W, D), got {tuple(static_filter.shape)}")
+    kernel_size = static_filter.shape[0]
+    _check_kernel_size(kernel_size, "static_filter", static_filter)
+    _check_common(x, kernel_size, static_filter, positions, initial_state)
+    _check_device(x, static_filter=static_filter, positions=positions, initial_state=initial_state)
+    _select_implementation(impl)
+    y, final_state = static_reference(
+        x, static_filter, residual=residual, positions_BT=positions, initial_state_BSD=initial_state
+    )
+    # A copy: the state outlives the call, and must not keep all of its inputs in memory.
+    return (y, final_state.clone()) if return_final_state else y
+
+
+@torch.no_grad()
+def headwise_dynamic_conv1d_update(
+    x: torch.Tensor,
+    filters: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    static_filter: torch.Tensor | None = None,
+    residual: bool = True,
+    positions: torch.Tensor | None = None,
+    impl: Implementation = "auto",
+) -> torch.Tensor:
+    """One token of [`headwise_dynamic_conv1d`], for decoding; no gradients.
+
+    Args:
+        x: (B, D).
+        filters: (B, H, W).
+        state: (B, W - 1, D), the inputs just before x, oldest first; updated in place.
+        static_filter, residual, impl: as for [`headwise_dynamic_conv1d`].
+        positions: (B,) or (1,), integer.
+
+    Returns:
+        y (B, D) in x's dtype.
+    """
+    _check_input("x", x, "(B, D)", 2)
+    _check_state(state)
+    y, final_state = headwise_dynamic_conv1d(
+        x.unsqueeze(1),
+        _one_token("filters", filters),
+        static_filter=static_filter,
+        residual=residual,
+        positions=_one_token("positions", positions),
+        initial_state=state,
+        return_final_state=True,
+        impl=impl,
+    )
+    state.copy_(final_state)
+    return y.squeeze(1)
+
+
+@torch.no_grad()
+def lowrank_dynamic_conv1d_update(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    basis: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    static_filter: torch.Tensor | None = None,
+    residual: bool = True,
+    positions: torch.Tensor | None = None,
+    impl: Implementation = "auto",
+) -> torch.Tensor:
+    """One token of [`lowrank_dynamic_conv1d`], for decoding; no gradients.
+
+    Args:
+        x: (B, D).
+        coefficients: (B, R).
+        basis: (R, W, D).
+        state: (B, W - 1, D), the inputs just before x, oldest first; updated in place.
+        static_filter, residual, impl: as for [`lowrank_dynamic_conv1d`].
+        positions: (B,) or (1,), integer.
+
+    Returns:
+        y (B, D) in x's dtype.
+    """
+    _check_input("x", x, "(B, D)", 2)
+    _check_state(state)
+    y, final_state = lowrank_dynamic_conv1d(
+        x.unsqueeze(1),
+        _one_token("coefficients", coefficients),
+        basis,
+        static_filter=static_filter,
+        residual=residual,
+        positions=_one_token("positions", positions),
+        initial_state=state,
+        return_final_state=True,
+        impl=impl,
+    )
+    state.copy_(final_state)
+    return y.squeeze(1)
+
+
+@torch.no_grad()
+def static_conv1d_update(
+    x: torch.Tensor,
+    static_filter: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    residual: bool = True,
+    positions: torch.Tensor | None = None,
+    impl: Implementation = "auto",
+) -> torch.Tensor:
+    """One token of [`static_conv1d`], for decoding; no gradients.
+
+    Args:
+        x: (B, D).
+        static_filter: (W, D).
+        state: (B, W - 1, D), the inputs just before x, oldest first; updated in place.
+        residual, impl: as for [`static_conv1d`].
+        positions: (B,) or (1,), integer.
+
+    Returns:
+        y (B, D) in x's dtype.
+    """
+    _check_input("x", x, "(B, D)", 2)
+    _check_state(state)
+    y, final_state = static_conv1d(
+        x.unsqueeze(1),
+        static_filter,
+        residual=residual,
+        positions=_one_token("positions", positions),
+        initial_state=state,
+        return_final_state=True,
+        impl=impl,
+    )
+    state.copy_(final_state)
+    return y.squeeze(1)
+
+
+def _select_implementation(impl: str) -> Literal["reference"]:
+    """The implementation that runs: the one place where this is decided."""
+    allowed = ("auto", "triton", "reference")
+    if impl not in allowed:
+        raise ValueError(f"impl must be one of {allowed}, got {impl!r}")
+    if impl == "auto":
+        impl = os.environ.get("DYNCONV_IMPL", "auto")
+        if impl not in allowed:
+            raise ValueError(f"the environment variable DYNCONV_IMPL must be one of {allowed}, got {impl!r}")
+    if impl == "triton":
+        raise ValueError(
+            "impl='triton' is not available: this version has no Triton kernels; use impl='auto' or 'reference'"
+        )
+    return "reference"
+
+
+@overload
+def _one_token(name: str, tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def _one_token(name: str, tensor: None) -> None: ...
+def _one_token(name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Gives a tensor of one token the token dimension, (B, ...) to (B, 1, ...)."""
+    if tensor is None:
+        return None
+    _check_tensor(name, tensor)
+    if tensor.ndim == 0:
+        raise ValueError(f"{name} must have a batch dimension, got a scalar")
+    return tensor.unsqueeze(1)
+
+
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
+def _check_floating(name: str, tensor: torch.Tensor) -> None:
+    _check_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got dtype {tensor.dtype}")
+
+
+def _check_input(name: str, x: torch.Tensor, shape: str, ndim: int) -> None:
+    _check_floating(name, x)
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.ndim != ndim:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def _check_kernel_size(kernel_size: int, name: str, tensor: torch.Tensor) -> None:
+    if not 1 <= kernel_size <= MAX_KERNEL_SIZE:
+        raise ValueError(
+            f"the kernel size W must be from 1 to {MAX_KERNEL_SIZE}, got {kernel_size} "
+            f"from {name} of shape {tuple(tensor.shape)}"
+        )
+
+
+def _check_heads(heads: int, channels: int) -> None:
+    if heads < 1 or channels % heads:
+        raise ValueError(f"the number of filter heads H must divide the channels D, got H = {heads}, D = {channels}")
+
+
+def _check_rank(rank: int, coefficients: torch.Tensor) -> None:
+    if rank < 1:
+        raise ValueError(f"the rank R must be at least 1, got coefficients of shape {tuple(coefficients.shape)}")
+
+
+def _check_state(state: torch.Tensor) -> None:
+    _check_floating("state", state)
+
+
+def _check_common(
+    x: torch.Tensor,
+    kernel_size: int,
+    static_filter: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+) -> None:
+    batch, tokens, channels = x.shape
+    if static_filter is not None:
+        _check_floating("static_filter", static_filter)
+        if static_filter.shape != (kernel_size, channels):
+            raise ValueError(
+                f"static_filter must have shape (W, D) = {(kernel_size, channels)}, got {tuple(static_filter.shape)}"
+            )
+    if positions is not None:
+        _check_tensor("positions", positions)
+        if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
+            raise TypeError(f"positions must be an integer tensor, got dtype {positions.dtype}")
+        if positions.shape not in ((batch, tokens), (1, tokens)):
+            raise ValueError(
+                f"positions must have shape (B, T) = {(batch, tokens)} or {(1, tokens)}, got {tuple(positions.shape)}"
+            )
+    if initial_state is not None:
+        _check_floating("initial_state", initial_state)
+        if initial_state.shape != (batch, kernel_size - 1, channels):
+            raise ValueError(
+                f"the state must have shape (B, W - 1, D) = {(batch, kernel_size - 1, channels)}, "
+                f"got {tuple(initial_state.shape)}"
+            )
+
+
+def _check_device(x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")

@@ -1,0 +1,117 @@
+"""Dynamic short convolutions in eager PyTorch: the specification, and the path for CPUs and unknown devices.
+
+Every other implementation is tested against this one. It is W multiply-adds over whole tensors: no loop over
+tokens, and never a tensor of all filters (B, T, W, D).
+
+Shape suffixes: B batch, T tokens, D channels, W kernel size, R rank, H filter heads, P channels of one head.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["headwise_reference", "lowrank_reference", "static_reference"]
+
+
+def headwise_reference(
+    x_BTD: torch.Tensor,
+    filters_BTHW: torch.Tensor,
+    *,
+    static_filter_WD: torch.Tensor | None,
+    residual: bool,
+    positions_BT: torch.Tensor | None,
+    initial_state_BSD: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y[t, d] = (x[t, d]) + sum_w (f[t, d // P, w] + s[w, d]) * x[t - w, d], for heads of P channels."""
+    _, _, heads, kernel_size = filters_BTHW.shape
+    dtype = _accumulation_dtype(x_BTD)
+    filters_BTHW = filters_BTHW.to(dtype)
+
+    def tap(w: int) -> torch.Tensor:
+        # One value serves the P channels of its head: expand is a view, no (B, T, D) copy of the filter is made.
+        filter_BTH1 = filters_BTHW[..., w].unsqueeze(-1)
+        if static_filter_WD is None:
+            return filter_BTH1.expand(-1, -1, -1, x_BTD.shape[-1] // heads).flatten(-2)
+        static_HP = static_filter_WD[w].to(dtype).unflatten(0, (heads, -1))
+        return (filter_BTH1 + static_HP).flatten(-2)
+
+    return _convolve(x_BTD, tap, kernel_size, residual, positions_BT, initial_state_BSD)
+
+
+def lowrank_reference(
+    x_BTD: torch.Tensor,
+    coefficients_BTR: torch.Tensor,
+    basis_RWD: torch.Tensor,
+    *,
+    static_filter_WD: torch.Tensor | None,
+    residual: bool,
+    positions_BT: torch.Tensor | None,
+    initial_state_BSD: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y[t, d] = (x[t, d]) + sum_w (sum_r z[t, r] * u[r, w, d] + s[w, d]) * x[t - w, d]."""
+    kernel_size = basis_RWD.shape[1]
+    dtype = _accumulation_dtype(x_BTD)
+    coefficients_BTR, basis_RWD = coefficients_BTR.to(dtype), basis_RWD.to(dtype)
+
+    def tap(w: int) -> torch.Tensor:
+        filter_BTD = coefficients_BTR @ basis_RWD[:, w]
+        return filter_BTD if static_filter_WD is None else filter_BTD + static_filter_WD[w].to(dtype)
+
+    # Autocast would round the product that makes the filters to half precision.
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        return _convolve(x_BTD, tap, kernel_size, residual, positions_BT, initial_state_BSD)
+
+
+def static_reference(
+    x_BTD: torch.Tensor,
+    static_filter_WD: torch.Tensor,
+    *,
+    residual: bool,
+    positions_BT: torch.Tensor | None,
+    initial_state_BSD: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y[t, d] = (x[t, d]) + sum_w s[w, d] * x[t - w, d]."""
+    static_filter_WD = static_filter_WD.to(_accumulation_dtype(x_BTD))
+    return _convolve(
+        x_BTD,
+        static_filter_WD.__getitem__,
+        static_filter_WD.shape[0],
+        residual,
+        positions_BT,
+        initial_state_BSD,
+    )
+
+
+def _convolve(
+    x_BTD: torch.Tensor,
+    tap: Callable[[int], torch.Tensor],
+    kernel_size: int,
+    residual: bool,
+    positions_BT: torch.Tensor | None,
+    initial_state_BSD: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum over taps; `tap(w)` is the filter of tap w, broadcastable to (B, T, D). Returns y and the final state."""
+    tokens = x_BTD.shape[1]
+    history_BLD = _with_state(x_BTD, initial_state_BSD, kernel_size)
+    dtype = _accumulation_dtype(x_BTD)
+    y_BTD = x_BTD.to(dtype) if residual else torch.zeros_like(x_BTD, dtype=dtype)
+    for w in range(kernel_size):
+        start = kernel_size - 1 - w
+        term_BTD = tap(w) * history_BLD[:, start : start + tokens].to(dtype)
+        if positions_BT is not None:
+            # `where`, not a product with the mask: what lies outside a token's sequence may be inf or nan.
+            term_BTD = torch.where((positions_BT >= w).unsqueeze(-1), term_BTD, 0.0)
+        y_BTD = y_BTD + term_BTD
+    return y_BTD.to(x_BTD.dtype), history_BLD[:, tokens:]
+
+
+def _with_state(x_BTD: torch.Tensor, initial_state_BSD: torch.Tensor | None, kernel_size: int) -> torch.Tensor:
+    """The W - 1 inputs before the first token (zeros where none are given), then x: (B, W - 1 + T, D)."""
+    if initial_state_BSD is None:
+        return F.pad(x_BTD, (0, 0, kernel_size - 1, 0))
+    return torch.cat([initial_state_BSD.to(x_BTD.dtype), x_BTD], dim=1)
+
+
+def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
