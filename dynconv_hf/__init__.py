@@ -1,1 +1,25 @@
-"""Dynamic short convolutions for Hugging Face transformers."""
+"""Dynamic short convolutions for Hugging Face transformers; importing it registers the models with Auto classes."""
+
+from .modeling import (
+    DynamicShortConv,
+    DynConvLlamaConfig,
+    DynConvLlamaForCausalLM,
+    DynConvLlamaForQuestionAnswering,
+    DynConvLlamaForSequenceClassification,
+    DynConvLlamaForTokenClassification,
+    DynConvLlamaModel,
+)
+from .retrofit import retrofit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DynConvLlamaConfig",
+    "DynConvLlamaForCausalLM",
+    "DynConvLlamaForQuestionAnswering",
+    "DynConvLlamaForSequenceClassification",
+    "DynConvLlamaForTokenClassification",
+    "DynConvLlamaModel",
+    "DynamicShortConv",
+    "retrofit",
+]

@@ -1,0 +1,177 @@
+"""Configuration of Llama with dynamic short convolutions."""
+
+from typing import Any, ClassVar
+
+from transformers import LlamaConfig
+
+__all__ = ["CONV_TARGETS", "DynConvLlamaConfig"]
+
+CONV_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONV_MODES = ("lowrank", "headwise", "static")
+CONV_INITS = ("uniform", "identity")
+MAX_KERNEL_SIZE = 8
+
+
+class DynConvLlamaConfig(LlamaConfig):
+    """Configuration of a Llama whose linear layers are followed by dynamic short convolutions.
+
+    Takes every field of [`~transformers.LlamaConfig`], and:
+
+    Args:
+        conv_targets (`list[str]` or `"all-linear"`, defaults to `["q_proj", "k_proj", "v_proj"]`):
+            The linear layers followed by a convolution: any of `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`,
+            `up_proj`, `down_proj`; `"all-linear"` names all seven.
+        conv_mode (`str`, defaults to `"lowrank"`):
+            How a token makes its filter: `"lowrank"`, `"headwise"`, or `"static"` (not at all: a Canon layer).
+        conv_kernel_size (`int`, defaults to 4): W, the number of taps, from 1 to 8.
+        conv_rank (`int`, defaults to 15): R, the number of basis filters, for `"lowrank"`.
+        conv_head_size (`int`, defaults to 16): Channels that share one filter, for `"headwise"`.
+        conv_static (`bool`, defaults to `True`): Add a static filter to the dynamic one.
+        conv_residual (`bool`, defaults to `True`): Add the input of the convolution to its output.
+        conv_layers (`list[int]`, *optional*): Decoder layers that get convolutions; None: all.
+        conv_init (`str`, defaults to `"uniform"`):
+            How new convolutions start. `"uniform"`: the static filter is drawn from U(-1/sqrt(W), 1/sqrt(W)) and the
+            dynamic part starts at zero output, as in the paper. `"identity"`: both are zero, so that the model starts
+            as the Llama it extends.
+
+    Raises:
+        TypeError, ValueError: a `conv_*` field does not fit; the message names the field, the value and what is
+            allowed.
+
+    Source: Sieberling, Runwal, Panda, Kim, "Dynamic Short Convolutions Improve Transformers", arXiv 2606.03825.
+
+    Example:
+
+    ```python
+    >>> from dynconv_hf import DynConvLlamaConfig, DynConvLlamaForCausalLM
+
+    >>> config = DynConvLlamaConfig(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4)
+    >>> model = DynConvLlamaForCausalLM(config)
+    ```
+    """
+
+    model_type = "dynconv_llama"
+
+    conv_targets: list[str] | str = ("q_proj", "k_proj", "v_proj")
+    conv_mode: str = "lowrank"
+    conv_kernel_size: int = 4
+    conv_rank: int = 15
+    conv_head_size: int = 16
+    conv_static: bool = True
+    conv_residual: bool = True
+    conv_layers: list[int] | None = None
+    conv_init: str = "uniform"
+
+    # What follows a column-parallel layer holds a slice of its channels; what follows a row-parallel one holds all of
+    # them, but reads a slice of that layer's input.
+    base_model_tp_plan: ClassVar[dict[str, str]] = dict(LlamaConfig.base_model_tp_plan)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Both follow from the convolution fields, so a checkpoint cannot say otherwise.
+        kwargs.pop("layer_types", None)
+        kwargs.pop("number_of_conv_states", None)
+        super().__post_init__(**kwargs)
+        self.conv_targets = _canonical_targets(self.conv_targets)
+        self.conv_layers = _canonical_layers(self.conv_layers, self.num_hidden_layers)
+        self._check_conv_fields()
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' caches hold for each layer: "hybrid" is keys and values beside convolution states."""
+        # A single tap looks at no earlier token and has no state.
+        return [
+            "hybrid" if self.conv_kernel_size > 1 and self.has_conv(layer_idx) else "full_attention"
+            for layer_idx in range(self.num_hidden_layers)
+        ]
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """Convolution states that transformers' caches hold for a "hybrid" layer: one for each target."""
+        return len(self.conv_targets)
+
+    def has_conv(self, layer_idx: int) -> bool:
+        """Whether decoder layer `layer_idx` has convolutions."""
+        return self.conv_layers is None or layer_idx in self.conv_layers
+
+    def linear_features(self, target: str) -> tuple[int, int]:
+        """(in_features, out_features) of the linear layer `target`, one of the names allowed in `conv_targets`."""
+        query_size = self.num_attention_heads * self.head_dim
+        key_value_size = self.num_key_value_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden_size, query_size),
+            "k_proj": (self.hidden_size, key_value_size),
+            "v_proj": (self.hidden_size, key_value_size),
+            "o_proj": (query_size, self.hidden_size),
+            "gate_proj": (self.hidden_size, self.intermediate_size),
+            "up_proj": (self.hidden_size, self.intermediate_size),
+            "down_proj": (self.intermediate_size, self.hidden_size),
+        }[target]
+
+    def _check_conv_fields(self) -> None:
+        _check_choice("conv_mode", self.conv_mode, CONV_MODES)
+        _check_choice("conv_init", self.conv_init, CONV_INITS)
+        _check_int("conv_kernel_size", self.conv_kernel_size, maximum=MAX_KERNEL_SIZE)
+        _check_int("conv_rank", self.conv_rank)
+        _check_int("conv_head_size", self.conv_head_size)
+        _check_bool("conv_static", self.conv_static)
+        _check_bool("conv_residual", self.conv_residual)
+        if self.conv_mode == "static" and not self.conv_static:
+            raise ValueError('conv_static must be True with conv_mode="static", which has no other filter; got False')
+        if self.conv_init == "identity" and not self.conv_residual:
+            raise ValueError(
+                'conv_residual must be True with conv_init="identity": without it, zero filters give a zero output; '
+                'got False. Use conv_init="uniform", or conv_residual=True'
+            )
+        if self.conv_mode == "headwise":
+            self._check_head_size()
+
+    def _check_head_size(self) -> None:
+        for target in self.conv_targets:
+            _, channels = self.linear_features(target)
+            if channels % self.conv_head_size:
+                raise ValueError(
+                    f"conv_head_size must divide the output channels of every layer in conv_targets, got "
+                    f"{self.conv_head_size} for {target} with {channels} channels"
+                )
+
+
+def _canonical_targets(targets: list[str] | str) -> list[str]:
+    """The targets in the order of the model, whatever the order they were named in."""
+    allowed = f'a non-empty list of names among {list(CONV_TARGETS)}, or "all-linear"'
+    if targets == "all-linear":
+        return list(CONV_TARGETS)
+    if not isinstance(targets, list | tuple):
+        raise TypeError(f"conv_targets must be {allowed}, got {targets!r}")
+    unknown = [target for target in targets if target not in CONV_TARGETS]
+    if unknown or not targets:
+        raise ValueError(f"conv_targets must be {allowed}, got {list(targets)!r}")
+    return [target for target in CONV_TARGETS if target in targets]
+
+
+def _canonical_layers(layers: list[int] | None, num_hidden_layers: int) -> list[int] | None:
+    if layers is None:
+        return None
+    allowed = f"None (all layers) or a non-empty list of layer indices from 0 to {num_hidden_layers - 1}"
+    if not isinstance(layers, list | tuple) or not all(type(layer) is int for layer in layers):
+        raise TypeError(f"conv_layers must be {allowed}, got {layers!r}")
+    if not layers or not all(0 <= layer < num_hidden_layers for layer in layers):
+        raise ValueError(f"conv_layers must be {allowed}, got {list(layers)!r}")
+    return sorted(set(layers))
+
+
+def _check_choice(field: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field} must be one of {list(allowed)}, got {value!r}")
+
+
+def _check_int(field: str, value: Any, maximum: int | None = None) -> None:
+    allowed = "an integer of at least 1" if maximum is None else f"an integer from 1 to {maximum}"
+    if type(value) is not int:
+        raise TypeError(f"{field} must be {allowed}, got {value!r}")
+    if value < 1 or (maximum is not None and value > maximum):
+        raise ValueError(f"{field} must be {allowed}, got {value!r}")
+
+
+def _check_bool(field: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise TypeError(f"{field} must be True or False, got {value!r}")

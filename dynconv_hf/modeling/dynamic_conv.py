@@ -1,0 +1,151 @@
+"""The short convolution as a module: parameters, their start, and how a token makes its filter."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..kernels import headwise_dynamic_conv1d, lowrank_dynamic_conv1d, static_conv1d
+
+__all__ = ["DynamicShortConv"]
+
+
+class FilterProjection(nn.Module):
+    """Makes filters from hidden states: (B, T, in_features) to (B, T, out_features), without a bias.
+
+    Not an `nn.Linear` on purpose: quantisers, and PEFT's "all-linear", replace every `nn.Linear` they find. The
+    filters stay in their own dtype and are trained in full.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_states.to(self.weight.dtype), self.weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class DynamicShortConv(nn.Module):
+    """A causal short convolution whose filter each token makes from its own hidden state.
+
+    Args:
+        hidden_size: size of the hidden states that make the filters (unused by mode "static").
+        channels: D, the channels that are convolved.
+        mode: "lowrank", "headwise" or "static".
+        kernel_size: W, from 1 to 8.
+        rank: R, for "lowrank".
+        head_size: channels that share one filter, for "headwise"; divides `channels`.
+        static: add a static filter; always so in mode "static".
+        residual: add the input to the output.
+        init: "uniform" draws the static filter from U(-1/sqrt(W), 1/sqrt(W)) and starts the dynamic part at zero
+            output; "identity" starts both at zero.
+        init_std: standard deviation of `filter_proj` in mode "lowrank".
+
+    Parameters (their names are the checkpoint format): `filter_proj.weight` (R, hidden_size) or
+    (H * W, hidden_size), `basis` (R, W, D), `static_filter` (W, D).
+
+    Source: Sieberling et al. 2026, arXiv 2606.03825.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        channels: int,
+        *,
+        mode: Literal["lowrank", "headwise", "static"] = "lowrank",
+        kernel_size: int = 4,
+        rank: int = 15,
+        head_size: int = 16,
+        static: bool = True,
+        residual: bool = True,
+        init: Literal["uniform", "identity"] = "uniform",
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if mode not in ("lowrank", "headwise", "static"):
+            raise ValueError(f'mode must be "lowrank", "headwise" or "static", got {mode!r}')
+        if mode == "static" and not static:
+            raise ValueError('static must be True in mode "static", which has no other filter; got False')
+        if mode == "headwise" and (head_size < 1 or channels % head_size):
+            raise ValueError(f"head_size must divide the channels, got {head_size} for {channels} channels")
+        if init not in ("uniform", "identity"):
+            raise ValueError(f'init must be "uniform" or "identity", got {init!r}')
+        self.hidden_size = hidden_size
+        self.channels = channels
+        self.mode = mode
+        self.kernel_size = kernel_size
+        self.residual = residual
+        self.init = init
+        self.init_std = init_std
+
+        self.filter_proj = None
+        if mode == "lowrank":
+            self.filter_proj = FilterProjection(hidden_size, rank)
+            self.basis = nn.Parameter(torch.empty(rank, kernel_size, channels))
+        elif mode == "headwise":
+            self.filter_proj = FilterProjection(hidden_size, channels // head_size * kernel_size)
+        if static:
+            self.static_filter = nn.Parameter(torch.empty(kernel_size, channels))
+        else:
+            self.register_parameter("static_filter", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts the dynamic part at zero output, and the static filter as `init` says."""
+        if self.mode == "lowrank":
+            # Only one factor of the product may start at zero: with both, neither would ever get a gradient.
+            nn.init.normal_(self.filter_proj.weight, std=self.init_std)
+            nn.init.zeros_(self.basis)
+        elif self.mode == "headwise":
+            nn.init.zeros_(self.filter_proj.weight)
+        if self.static_filter is None:
+            return
+        if self.init == "identity":
+            nn.init.zeros_(self.static_filter)
+            return
+        bound = 1 / math.sqrt(self.kernel_size)
+        nn.init.uniform_(self.static_filter, -bound, bound)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        initial_state: torch.Tensor | None = None,
+        return_final_state: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Convolves x with the filters that the hidden states make.
+
+        Args:
+            x: (B, T, channels), the output of a linear layer.
+            hidden_states: (B, T, hidden_size), what that layer read; ignored in mode "static".
+            positions: (B, T) or (1, T), integer; the index of each token within its own sequence.
+            initial_state: (B, W - 1, channels), the inputs before the first token, oldest first.
+            return_final_state: also return the state for the next call.
+
+        Returns:
+            y (B, T, channels) in x's dtype, or (y, final_state).
+        """
+        options = {
+            "residual": self.residual,
+            "positions": positions,
+            "initial_state": initial_state,
+            "return_final_state": return_final_state,
+        }
+        if self.mode == "static":
+            return static_conv1d(x, self.static_filter, **options)
+        filters = self.filter_proj(hidden_states)
+        if self.mode == "lowrank":
+            return lowrank_dynamic_conv1d(x, filters, self.basis, static_filter=self.static_filter, **options)
+        filters_BTHW = filters.unflatten(-1, (-1, self.kernel_size))
+        return headwise_dynamic_conv1d(x, filters_BTHW, static_filter=self.static_filter, **options)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, mode={self.mode!r}, kernel_size={self.kernel_size}, residual={self.residual}"

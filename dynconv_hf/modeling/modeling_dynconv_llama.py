@@ -1,0 +1,360 @@
+"""Llama with dynamic short convolutions after its linear layers.
+
+Shape suffixes: B batch, T tokens, D channels, W kernel size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from .configuration_dynconv_llama import DynConvLlamaConfig
+from .dynamic_conv import DynamicShortConv
+from .token_positions import token_positions
+
+__all__ = [
+    "DynConvLlamaForCausalLM",
+    "DynConvLlamaForQuestionAnswering",
+    "DynConvLlamaForSequenceClassification",
+    "DynConvLlamaForTokenClassification",
+    "DynConvLlamaModel",
+    "DynConvLlamaPreTrainedModel",
+]
+
+
+class ConvolvedProjections:
+    """What attention and MLP share: linear layers, some followed by a convolution with a state in the cache."""
+
+    def add_convs(self, config: DynConvLlamaConfig, layer_idx: int, targets: tuple[str, ...]) -> None:
+        """Adds `q_conv` for the target `q_proj`, and so on; None where the config has no convolution."""
+        self.layer_idx = layer_idx
+        self.conv_state_idx = {target: idx for idx, target in enumerate(config.conv_targets)}
+        for target in targets:
+            has_conv = target in config.conv_targets and config.has_conv(layer_idx)
+            setattr(self, _conv_name(target), _build_conv(config, target) if has_conv else None)
+
+    def project(
+        self,
+        target: str,
+        hidden_states: torch.Tensor,
+        conv_positions: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """The linear layer `target`, and its convolution if it has one: (B, T, in_features) to (B, T, D)."""
+        x_BTD = getattr(self, target)(hidden_states)
+        conv = getattr(self, _conv_name(target))
+        if conv is None:
+            return x_BTD
+        initial_state = None
+        if past_key_values is not None and conv.kernel_size > 1:
+            state_idx = self.conv_state_idx[target]
+            initial_state = _exchange_conv_state(past_key_values, x_BTD, self.layer_idx, state_idx, conv.kernel_size)
+        return conv(x_BTD, hidden_states, positions=conv_positions, initial_state=initial_state)
+
+
+class DynConvLlamaMLP(ConvolvedProjections, LlamaMLP):
+    def __init__(self, config: DynConvLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config)
+        self.add_convs(config, layer_idx, ("gate_proj", "up_proj", "down_proj"))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
+        conv_positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        gate = self.project("gate_proj", hidden_states, conv_positions, past_key_values)
+        up = self.project("up_proj", hidden_states, conv_positions, past_key_values)
+        return self.project("down_proj", self.act_fn(gate) * up, conv_positions, past_key_values)
+
+
+class DynConvLlamaAttention(ConvolvedProjections, LlamaAttention):
+    def __init__(self, config: DynConvLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.add_convs(config, layer_idx, ("q_proj", "k_proj", "v_proj", "o_proj"))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        conv_positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def project_to_heads(target: str) -> torch.Tensor:
+            x_BTD = self.project(target, hidden_states, conv_positions, past_key_values)
+            return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        query, key, value = project_to_heads("q_proj"), project_to_heads("k_proj"), project_to_heads("v_proj")
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = output.flatten(2).contiguous()
+        return self.project("o_proj", output, conv_positions, past_key_values), weights
+
+
+class DynConvLlamaDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: DynConvLlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        self.self_attn = DynConvLlamaAttention(config, layer_idx)
+        self.mlp = DynConvLlamaMLP(config, layer_idx)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        conv_positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            conv_positions=conv_positions,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention_output
+        mlp_output = self.mlp(
+            self.post_attention_layernorm(hidden_states),
+            past_key_values=past_key_values,
+            conv_positions=conv_positions,
+        )
+        return hidden_states + mlp_output
+
+
+class DynConvLlamaPreTrainedModel(LlamaPreTrainedModel):
+    config: DynConvLlamaConfig
+    config_class = DynConvLlamaConfig
+    _no_split_modules = ["DynConvLlamaDecoderLayer"]  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": DynConvLlamaDecoderLayer,
+        "attentions": DynConvLlamaAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DynamicShortConv):
+            module.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a checkpoint without convolutions is an error: they would be random.
+
+        Raises:
+            ValueError: the checkpoint holds no weights for some convolution, for example because it is a plain Llama.
+        """
+        name = repr(str(pretrained_model_name_or_path))
+        if kwargs.get("config") is None:
+            # Before the weights are read, which may take long.
+            config, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if config.get("model_type") == LlamaConfig.model_type:
+                raise ValueError(f"{name} is a plain Llama checkpoint, without convolutions. {_use_retrofit(name)}")
+        wants_loading_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing = sorted(key for key in info["missing_keys"] if "_conv." in key)
+        if missing:
+            raise ValueError(
+                f"{name} has no weights for {len(missing)} parameters of convolutions that the config asks for, "
+                f"{missing[0]} the first of them. {_use_retrofit(name)}"
+            )
+        return (model, info) if wants_loading_info else model
+
+
+class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
+    def __init__(self, config: DynConvLlamaConfig) -> None:
+        # Past LlamaModel's own __init__: it would build every layer without convolutions first.
+        LlamaPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            DynConvLlamaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As LlamaModel. The convolutions see only real tokens of a token's own document.
+
+        Documents and padding are known from a 2-D `attention_mask`, from `position_ids` that restart, from
+        `cu_seq_lens_q` and from `seq_idx`; a 4-D mask says nothing to a convolution.
+
+        Raises:
+            ValueError: `past_key_values` has no place for the states of the convolutions.
+        """
+        attention_mask, padding_mask = _split_masks(attention_mask)
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
+        if "paged" in self.config._attn_implementation:
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} (continuous batching, generate_batch) has "
+                "no place for the states of the convolutions; use generate()"
+            )
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        conv_positions = None
+        if tokens is not None:
+            conv_positions = token_positions(
+                tokens.shape[:2],
+                past_length=0 if past_key_values is None else past_key_values.get_seq_length(),
+                attention_mask=padding_mask,
+                position_ids=position_ids,
+                cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
+                seq_idx=kwargs.get("seq_idx"),
+            )
+        return super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            conv_positions=conv_positions,
+            **kwargs,
+        )
+
+    def _check_cache(self, cache: Cache) -> None:
+        for layer_idx, layer_type in enumerate(self.config.layer_types):
+            if layer_type != "hybrid":
+                continue
+            if layer_idx >= len(cache.layers) or not hasattr(cache.layers[layer_idx], "update_conv_state"):
+                raise ValueError(
+                    f"past_key_values ({type(cache).__name__}) has no place for the states of the convolutions in "
+                    f"layer {layer_idx}; make the cache with the model's config, as in "
+                    "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)"
+                )
+            return
+
+
+class DynConvLlamaForCausalLM(DynConvLlamaPreTrainedModel, LlamaForCausalLM):
+    def __init__(self, config: DynConvLlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = DynConvLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class DynConvLlamaForSequenceClassification(GenericForSequenceClassification, DynConvLlamaPreTrainedModel): ...
+
+
+class DynConvLlamaForTokenClassification(GenericForTokenClassification, DynConvLlamaPreTrainedModel): ...
+
+
+class DynConvLlamaForQuestionAnswering(GenericForQuestionAnswering, DynConvLlamaPreTrainedModel): ...
+
+
+def _use_retrofit(name: str) -> str:
+    return (
+        f"To give a Llama checkpoint convolutions, use dynconv_hf.retrofit({name}): the model then starts equal to "
+        "the original, instead of with random convolutions"
+    )
+
+
+def _conv_name(target: str) -> str:
+    return target.removesuffix("_proj") + "_conv"
+
+
+def _build_conv(config: DynConvLlamaConfig, target: str) -> DynamicShortConv:
+    hidden_size, channels = config.linear_features(target)
+    return DynamicShortConv(
+        hidden_size,
+        channels,
+        mode=config.conv_mode,
+        kernel_size=config.conv_kernel_size,
+        rank=config.conv_rank,
+        head_size=config.conv_head_size,
+        static=config.conv_static,
+        residual=config.conv_residual,
+        init=config.conv_init,
+        init_std=config.initializer_range,
+    )
+
+
+def _split_masks(mask: Any) -> tuple[Any, torch.Tensor | None]:
+    """The mask for attention, and the 2-D padding mask for the convolutions if there is one."""
+    if isinstance(mask, dict):
+        # generate() makes the masks itself for a compilable cache: one for each kind of state in a hybrid layer.
+        return mask["full_attention"], mask.get("linear_attention")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        return mask, mask
+    return mask, None
+
+
+def _exchange_conv_state(
+    cache: Cache, x_BTD: torch.Tensor, layer_idx: int, state_idx: int, kernel_size: int
+) -> torch.Tensor | None:
+    """Hands the inputs of this call to the cache; returns those before them, (B, W - 1, D), or None at the start."""
+    if cache.offloading:
+        _fetch_offloaded_state(cache, x_BTD, layer_idx, state_idx)
+    width = kernel_size - 1
+    history_BDL = cache.update_conv_state(
+        x_BTD.transpose(1, 2), layer_idx, state_idx=state_idx, conv_kernel_size=width
+    )
+    # While past is recorded for a rollback, the cache holds more than W - 1 inputs, or, after one, fewer.
+    past = history_BDL.shape[-1] - x_BTD.shape[1]
+    if past == 0:
+        return None
+    state_BSD = history_BDL[..., max(past - width, 0) : past].transpose(1, 2)
+    return F.pad(state_BSD, (0, 0, width - state_BSD.shape[1], 0))
+
+
+def _fetch_offloaded_state(cache: Cache, x_BTD: torch.Tensor, layer_idx: int, state_idx: int) -> None:
+    """An offloaded cache brings a layer back for its keys and values only: some states are read before or after."""
+    torch.cuda.current_stream(x_BTD.device).wait_stream(cache.prefetch_stream)
+    states = cache.layers[layer_idx].conv_states
+    if states[state_idx] is not None:
+        states[state_idx] = states[state_idx].to(x_BTD.device)

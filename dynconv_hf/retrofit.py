@@ -1,0 +1,148 @@
+"""An existing Llama checkpoint becomes a DynConv model that starts equal to it."""
+
+import copy
+import os
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .modeling import DynamicShortConv, DynConvLlamaConfig, DynConvLlamaForCausalLM
+
+__all__ = ["retrofit"]
+
+CONV_FIELDS = tuple(field.name for field in fields(DynConvLlamaConfig) if field.name.startswith("conv_"))
+SUPPORTED = 'Llama causal language models (model_type "llama", LlamaForCausalLM)'
+# What from_pretrained needs both to find the config and to find the weights.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# Where transformers, PEFT and accelerate look to see that a model is quantised.
+QUANTIZATION_ATTRIBUTES = (
+    "hf_quantizer",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "is_quantized",
+    "quantization_method",
+)
+
+
+def retrofit(model_or_name_or_path: PreTrainedModel | str | os.PathLike, **kwargs: Any) -> DynConvLlamaForCausalLM:
+    """Gives a Llama causal language model dynamic short convolutions; by default it starts equal to the original.
+
+    Args:
+        model_or_name_or_path: a `LlamaForCausalLM`, or the Hub name or local path of one. A model object is left as
+            it is, and shares its weights with the result: train one, and the other moves with it.
+        **kwargs: fields of [`DynConvLlamaConfig`] that begin with `conv_` (`conv_init` is "identity" if not given);
+            with a name or path, also every argument of `from_pretrained` (`dtype`, `device_map`,
+            `quantization_config`, `attn_implementation`, `revision`, `token`, ...).
+
+    Returns:
+        The model, in evaluation mode from a name or path, in the mode of the original from a model object.
+
+    Raises:
+        TypeError: an unknown `conv_` field, or the argument is neither a model nor a name or path.
+        ValueError: the model is not a Llama causal language model, already has convolutions, or a field does not fit.
+    """
+    conv_fields = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("conv_")}
+    unknown = sorted(set(conv_fields) - set(CONV_FIELDS))
+    if unknown:
+        raise TypeError(f"retrofit() knows no argument {unknown[0]!r}; the convolution is set by {list(CONV_FIELDS)}")
+    conv_fields.setdefault("conv_init", "identity")
+    if isinstance(model_or_name_or_path, str | os.PathLike):
+        return _retrofit_checkpoint(model_or_name_or_path, conv_fields, kwargs)
+    if not isinstance(model_or_name_or_path, nn.Module):
+        raise TypeError(
+            "retrofit() takes a LlamaForCausalLM, or the name or path of one, "
+            f"got {type(model_or_name_or_path).__name__}"
+        )
+    if kwargs:
+        raise TypeError(
+            f"retrofit() takes from_pretrained arguments only with a name or path, got {sorted(kwargs)} with a model"
+        )
+    return _retrofit_model(model_or_name_or_path, conv_fields)
+
+
+class _NewConvolutions(DynConvLlamaForCausalLM):
+    """Loads a checkpoint whose convolutions are to be made, not read: transformers need not report them missing."""
+
+    _keys_to_ignore_on_load_missing = [r"_conv\."]  # noqa: RUF012
+
+
+def _retrofit_checkpoint(
+    name_or_path: str | os.PathLike, conv_fields: dict[str, Any], kwargs: dict[str, Any]
+) -> DynConvLlamaForCausalLM:
+    if "config" in kwargs:
+        raise TypeError("retrofit() reads the config of the checkpoint: give the fields to change instead of config")
+    hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    config, kwargs = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
+    _check_supported(config, repr(str(name_or_path)))
+    model = _NewConvolutions.from_pretrained(
+        name_or_path, config=_extend_config(config, conv_fields), **{**kwargs, **hub_kwargs}
+    )
+    model.__class__ = DynConvLlamaForCausalLM
+    return model
+
+
+def _retrofit_model(base: nn.Module, conv_fields: dict[str, Any]) -> DynConvLlamaForCausalLM:
+    _check_supported(getattr(base, "config", None), f"this {type(base).__name__}")
+    if not isinstance(base, LlamaForCausalLM):
+        raise ValueError(f"retrofit() supports {SUPPORTED}, got {type(base).__name__}: give it the LlamaForCausalLM")
+    device_map = getattr(base, "hf_device_map", None) or {}
+    if len(set(device_map.values())) > 1:
+        raise ValueError(
+            f"this model is spread over the devices {sorted(map(str, set(device_map.values())))}: "
+            "call retrofit(name_or_path, device_map=...) instead, which places the convolutions with their layers"
+        )
+    config = _extend_config(base.config, conv_fields)
+    config._attn_implementation = base.config._attn_implementation
+    with torch.device("meta"):
+        model = DynConvLlamaForCausalLM(config)
+    _share_weights(base, model)
+    for new_layer, layer in zip(model.model.layers, base.model.layers, strict=True):
+        _materialize_convs(new_layer, device=layer.input_layernorm.weight.device, dtype=base.dtype)
+    for name in QUANTIZATION_ATTRIBUTES:
+        if hasattr(base, name):
+            setattr(model, name, getattr(base, name))
+    model.generation_config = copy.deepcopy(base.generation_config)
+    return model.train(base.training)
+
+
+def _check_supported(config: PreTrainedConfig | None, what: str) -> None:
+    model_type = getattr(config, "model_type", None)
+    if model_type == DynConvLlamaConfig.model_type:
+        raise ValueError(
+            f"{what} already has dynamic short convolutions: load it with AutoModelForCausalLM.from_pretrained"
+        )
+    if model_type != LlamaConfig.model_type:
+        raise ValueError(f"retrofit() supports {SUPPORTED}, but {what} has model_type {model_type!r}")
+
+
+def _extend_config(base: LlamaConfig, conv_fields: dict[str, Any]) -> DynConvLlamaConfig:
+    values = base.to_dict()
+    for key in ("model_type", "architectures", "auto_map"):
+        values.pop(key, None)
+    config = DynConvLlamaConfig.from_dict({**values, **conv_fields})
+    config.architectures = [DynConvLlamaForCausalLM.__name__]
+    config.name_or_path = base.name_or_path
+    return config
+
+
+def _share_weights(base: LlamaForCausalLM, model: DynConvLlamaForCausalLM) -> None:
+    """Modules rather than tensors: a quantised or adapted linear layer is more than its weight."""
+    model.lm_head = base.lm_head
+    for name in ("embed_tokens", "norm", "rotary_emb"):
+        setattr(model.model, name, getattr(base.model, name))
+    for new_layer, layer in zip(model.model.layers, base.model.layers, strict=True):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            setattr(new_layer, name, getattr(layer, name))
+        for block in ("self_attn", "mlp"):
+            for name, module in getattr(layer, block).named_children():
+                setattr(getattr(new_layer, block), name, module)
+
+
+def _materialize_convs(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    for module in layer.modules():
+        if isinstance(module, DynamicShortConv):
+            module.to(dtype).to_empty(device=device)
+            module.reset_parameters()
