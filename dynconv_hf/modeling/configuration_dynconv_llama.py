@@ -70,9 +70,9 @@ class DynConvLlamaConfig(LlamaConfig):
         # Both follow from the convolution fields, so a checkpoint cannot say otherwise.
         kwargs.pop("layer_types", None)
         kwargs.pop("number_of_conv_states", None)
-        super().__post_init__(**kwargs)
         self.conv_targets = _canonical_targets(self.conv_targets)
         self.conv_layers = _canonical_layers(self.conv_layers, self.num_hidden_layers)
+        super().__post_init__(**kwargs)
         self._check_conv_fields()
 
     @property

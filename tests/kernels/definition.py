@@ -5,7 +5,7 @@ import numpy as np
 
 def convolve(x_BTD, filter_BTWD, residual, positions_BT=None, initial_state_BSD=None):
     """y[b, t, d] = (x[b, t, d]) + sum_w k[b, t, w, d] * x[b, t - w, d], one term at a time."""
-    batch, tokens, channels = x_BTD.shape
+    batch, tokens, _ = x_BTD.shape
     kernel_size = filter_BTWD.shape[2]
     y_BTD = x_BTD.copy() if residual else np.zeros_like(x_BTD)
     for b, t, w in np.ndindex(batch, tokens, kernel_size):

@@ -86,7 +86,7 @@ def test_update(x, state, positions, error, message):
 
 def test_the_environment_overrides_auto_only(monkeypatch):
     monkeypatch.setenv("DYNCONV_IMPL", "cutlass")
-    with pytest.raises(ValueError, match="DYNCONV_IMPL must be one of .*got 'cutlass'"):
+    with pytest.raises(ValueError, match=r"DYNCONV_IMPL must be one of .*got 'cutlass'"):
         static_conv1d(X, S)
     static_conv1d(X, S, impl="reference")
     monkeypatch.setenv("DYNCONV_IMPL", "reference")
