@@ -292,17 +292,16 @@ def check_same_model(config: Any, checkpoint: str) -> None:
             raise ValueError(f"cannot resume from {checkpoint!r}: its {name} is {theirs!r}, but {ours!r} is asked for")
 
 
-def continue_pretraining(
+def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     blocks: tuple[Dataset, Dataset | None],
     arguments: ConvTrainingArguments,
     callbacks: list[TrainerCallback] | None = None,
-    checkpoint: str | None = None,
-) -> Trainer:
-    """Trains, evaluates, and leaves everything in `arguments.output_dir`."""
+) -> ConvTrainer:
+    """A Trainer for the blocks of `load_blocks`."""
     train_blocks, held_out_blocks = blocks
-    trainer = ConvTrainer(
+    return ConvTrainer(
         model=model,
         args=arguments,
         train_dataset=train_blocks,
@@ -312,17 +311,20 @@ def continue_pretraining(
         data_collator=default_data_collator,
         callbacks=callbacks,
     )
+
+
+def continue_pretraining(trainer: Trainer, checkpoint: str | None = None) -> None:
+    """Trains, from a checkpoint if there is one, evaluates, and leaves everything in the output directory."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
-    if held_out_blocks is not None:
+    if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         metrics["perplexity"] = perplexity(metrics["eval_loss"])
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
     if trainer.is_world_process_zero():
-        save_loss_curves({"": trainer.state.log_history}, Path(arguments.output_dir))
-    return trainer
+        save_loss_curves({"": trainer.state.log_history}, Path(trainer.args.output_dir))
 
 
 def perplexity(loss: float) -> float:
@@ -367,7 +369,8 @@ def main() -> None:
             blocks = load_blocks(data_arguments, tokenizer, model.config.max_position_embeddings)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    trainer = continue_pretraining(model, tokenizer, blocks, training_arguments, checkpoint=checkpoint)
+    trainer = make_trainer(model, tokenizer, blocks, training_arguments)
+    continue_pretraining(trainer, checkpoint)
     if trainer.is_world_process_zero():
         print(f"The model, its checkpoints and loss curves are in {training_arguments.output_dir}")
 

@@ -19,6 +19,7 @@ from continued_pretraining import (
     continue_pretraining,
     load_blocks,
     load_model,
+    make_trainer,
     save_loss_curves,
 )
 from datasets import Dataset
@@ -31,6 +32,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProgressCallback,
     TrainerCallback,
     set_seed,
@@ -50,9 +52,12 @@ EVALUATIONS = 5
 
 
 class QuietProgress(ProgressCallback):
-    """The progress bar alone: what is logged goes into the table and the plot."""
+    """One bar for the training: what is logged and evaluated goes into the table and the plot."""
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         pass
 
 
@@ -163,9 +168,9 @@ def train(
     set_seed(arguments.seed)
     model = load_model(ModelArguments(model_name_or_path=str(CHECKPOINT), retrofit=with_convs))
     timer = StepTimer()
-    trainer = continue_pretraining(
-        model, tokenizer, blocks, training_arguments(arguments, folder), callbacks=[QuietProgress, timer]
-    )
+    trainer = make_trainer(model, tokenizer, blocks, training_arguments(arguments, folder), [QuietProgress(), timer])
+    trainer.remove_callback(PrinterCallback)
+    continue_pretraining(trainer)
     return {"folder": folder, "model": model, "history": trainer.state.log_history, "seconds": timer.seconds}
 
 
@@ -185,7 +190,7 @@ def training_arguments(arguments: argparse.Namespace, folder: Path) -> ConvTrain
         eval_steps=max(arguments.steps // EVALUATIONS, 1),
         eval_on_start=True,
         save_strategy="no",
-        # ProgressCallback also prints every log; QuietProgress takes its place.
+        # QuietProgress instead of the callback that prints every log.
         disable_tqdm=True,
     )
 
