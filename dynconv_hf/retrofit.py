@@ -77,6 +77,10 @@ class _NewConvolutions(DynConvLlamaForCausalLM):
     _keys_to_ignore_on_load_missing = [r"_conv\."]  # noqa: RUF012
 
 
+# transformers picks the loss of a model by the name of its class.
+_NewConvolutions.__name__ = DynConvLlamaForCausalLM.__name__
+
+
 def _retrofit_checkpoint(
     name_or_path: str | os.PathLike, conv_fields: dict[str, Any], kwargs: dict[str, Any]
 ) -> DynConvLlamaForCausalLM:

@@ -271,6 +271,11 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
                     f"layer {layer_idx}; make the cache with the model's config, as in "
                     "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)"
                 )
+            if cache.offloading and cache.is_compileable:
+                raise ValueError(
+                    f"past_key_values is an offloaded {type(cache).__name__}, which never brings layers with states "
+                    'of convolutions back to the GPU; use cache_implementation="offloaded" or "static"'
+                )
             return
 
 

@@ -129,6 +129,8 @@ def test_the_result_is_of_the_public_class():
     assert type(model) is DynConvLlamaForCausalLM
     assert model.config.architectures == ["DynConvLlamaForCausalLM"]
     assert model.config.conv_init == "identity"
+    # Once None, because the class that loads it had another name: training could not be compiled.
+    assert model.loss_type == DynConvLlamaForCausalLM(model.config).loss_type == "ForCausalLM"
 
 
 def test_a_uniform_start_is_not_the_identity_but_has_no_dynamic_part():
