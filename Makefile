@@ -2,11 +2,11 @@
 #
 # PYTHON   the interpreter that .venv is made with (3.10 or newer), `make test PYTHON=python3.12`
 # VENV     where the environment lives
-# PYTEST   arguments for pytest, `make test PYTEST="-k cache -x"`
+# PYTEST   arguments for pytest, `make test PYTEST="-k cache -x"`; by default one process for each core
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST ?=
+PYTEST ?= --numprocesses auto
 VENV_PYTHON := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

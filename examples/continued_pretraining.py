@@ -169,7 +169,9 @@ def load_blocks(
     arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, model_length: int
 ) -> tuple[Dataset, Dataset | None]:
     """The text as rows of `block_size` tokens: those to train on, and those held out."""
-    block_size = arguments.block_size or min(DEFAULT_BLOCK_SIZE, model_length)
+    block_size = arguments.block_size
+    if block_size is None:
+        block_size = min(DEFAULT_BLOCK_SIZE, model_length)
     if not 2 <= block_size <= model_length:
         raise ValueError(f"--block_size must be from 2 to {model_length}, the length of the model; got {block_size}")
     percentage = arguments.validation_split_percentage

@@ -168,7 +168,9 @@ def train(
     set_seed(arguments.seed)
     model = load_model(ModelArguments(model_name_or_path=str(CHECKPOINT), retrofit=with_convs))
     timer = StepTimer()
-    trainer = make_trainer(model, tokenizer, blocks, training_arguments(arguments, folder), [QuietProgress(), timer])
+    # A bar in a log file would be a line for every step.
+    callbacks = [timer, QuietProgress()] if console.is_terminal else [timer]
+    trainer = make_trainer(model, tokenizer, blocks, training_arguments(arguments, folder), callbacks)
     trainer.remove_callback(PrinterCallback)
     continue_pretraining(trainer)
     return {"folder": folder, "model": model, "history": trainer.state.log_history, "seconds": timer.seconds}
