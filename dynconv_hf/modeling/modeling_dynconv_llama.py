@@ -33,6 +33,7 @@ from transformers.models.llama.modeling_llama import (
 
 from .configuration_dynconv_llama import DynConvLlamaConfig
 from .dynamic_conv import DynamicShortConv
+from .parallel_styles import register_parallel_styles
 from .token_positions import token_positions
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
     "DynConvLlamaModel",
     "DynConvLlamaPreTrainedModel",
 ]
+
+register_parallel_styles()
 
 
 class ConvolvedProjections:
