@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .distributed import draw_convs_alike, is_divided
 from .modeling import DynamicShortConv, DynConvLlamaConfig, DynConvLlamaForCausalLM
 
 __all__ = ["retrofit"]
@@ -81,6 +82,8 @@ def _retrofit_checkpoint(
         name_or_path, config=_extend_config(config, conv_fields), **{**kwargs, **hub_kwargs}
     )
     model.__class__ = DynConvLlamaForCausalLM
+    if is_divided(model):
+        draw_convs_alike(model)
     return model
 
 
@@ -93,6 +96,11 @@ def _retrofit_model(base: nn.Module, conv_fields: dict[str, Any]) -> DynConvLlam
         raise ValueError(
             f"this model is spread over the devices {sorted(map(str, set(device_map.values())))}: "
             "call retrofit(name_or_path, device_map=...) instead, which places the convolutions with their layers"
+        )
+    if is_divided(base):
+        raise ValueError(
+            "the weights of this model are divided over several processes: call "
+            "retrofit(name_or_path, distributed_config=...) instead, which divides the convolutions with their layers"
         )
     config = _extend_config(base.config, conv_fields)
     config._attn_implementation = base.config._attn_implementation

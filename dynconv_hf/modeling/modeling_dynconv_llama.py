@@ -57,7 +57,7 @@ class ConvolvedProjections:
         self.conv_state_idx = {target: idx for idx, target in enumerate(config.conv_targets)}
         for target in targets:
             has_conv = target in config.conv_targets and config.has_conv(layer_idx)
-            setattr(self, _conv_name(target), _build_conv(config, target) if has_conv else None)
+            setattr(self, _conv_name(target), build_conv(config, target) if has_conv else None)
 
     def project(
         self,
@@ -311,7 +311,8 @@ def _conv_name(target: str) -> str:
     return target.removesuffix("_proj") + "_conv"
 
 
-def _build_conv(config: DynConvLlamaConfig, target: str) -> DynamicShortConv:
+def build_conv(config: DynConvLlamaConfig, target: str) -> DynamicShortConv:
+    """The convolution that follows the linear layer `target`."""
     hidden_size, channels = config.linear_features(target)
     return DynamicShortConv(
         hidden_size,
