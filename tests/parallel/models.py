@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynconv_hf import DynamicShortConv, DynConvLlamaConfig, DynConvLlamaForCausalLM
 
@@ -41,6 +42,14 @@ def randomize_convs(model: torch.nn.Module) -> None:
 
 def save_random_model(path: Path, **fields: Any) -> Path:
     random_model(**fields).save_pretrained(path)
+    return path
+
+
+def save_base(path: Path, **fields: Any) -> Path:
+    """A plain Llama."""
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in SIZES.items() if not name.startswith("conv_")}
+    LlamaForCausalLM(LlamaConfig(**{**sizes, **fields})).save_pretrained(path)
     return path
 
 

@@ -5,25 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from dynconv_hf import retrofit
 
-from .models import SIZES, tokens
+from .models import save_base, tokens
 from .ranks import Ranks
 
 pytestmark = pytest.mark.skipif(
     torch.accelerator.current_accelerator() is not None,
     reason="transformers places distributed models on the accelerator that torch is built for, one to a rank",
 )
-
-
-def save_base(path: Path) -> Path:
-    torch.manual_seed(0)
-    fields = {name: value for name, value in SIZES.items() if not name.startswith("conv_")}
-    LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(path)
-    return path
 
 
 def equal_on_every_rank(tensor: torch.Tensor) -> bool:
@@ -72,7 +65,7 @@ def test_model_object_is_refused(two_ranks: Ranks, tmp_path: Path, division: dic
 
 
 def assert_uneven_heads_are_refused(path: Path) -> None:
-    with pytest.raises(ValueError, match="1 filter heads of a convolution .* evenly, got 2 ranks"):
+    with pytest.raises(ValueError, match=r"1 filter heads of a convolution .* evenly, got 2 ranks"):
         retrofit(path, distributed_config=DistributedConfig(tp_size=2), conv_mode="headwise", conv_head_size=16)
 
 
