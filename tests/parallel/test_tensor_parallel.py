@@ -8,6 +8,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from dynconv_hf import DynamicShortConv
+
 from .models import save_random_model, tokens
 from .ranks import Ranks
 
@@ -27,8 +29,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def assert_is_divided(model: torch.nn.Module) -> None:
+    for name, conv in model.named_modules():
+        if isinstance(conv, DynamicShortConv) and conv.static_filter is not None:
+            after_rowwise = name.endswith(("o_conv", "down_conv"))
+            assert isinstance(conv.static_filter, DTensor) != after_rowwise, name
+            if not after_rowwise:
+                assert conv.static_filter.to_local().shape[1] == conv.channels // 2, name
+
+
 def assert_equals_one_process(path: Path, saved: Path) -> None:
     single, divided = AutoModelForCausalLM.from_pretrained(path), load_divided(path)
+    assert_is_divided(divided)
     input_ids = tokens()
     attention_mask = torch.ones_like(input_ids)
     attention_mask[0, :3] = 0
@@ -62,12 +74,22 @@ def assert_equals_one_process(path: Path, saved: Path) -> None:
                 msg=lambda text, name=name: f"{name}: {text}",
             )
 
+    assert_saves_whole(single, divided, saved)
+    for model in (single, divided):
+        torch.optim.SGD(model.parameters(), lr=0.5).step()
+    assert_saves_whole(single, divided, saved, atol=1e-5)
+
+
+def assert_saves_whole(single: torch.nn.Module, divided: torch.nn.Module, saved: Path, atol: float = 0.0) -> None:
     divided.save_pretrained(saved)
     torch.distributed.barrier()
     again = AutoModelForCausalLM.from_pretrained(saved).state_dict()
     assert again.keys() == single.state_dict().keys()
     for name, tensor in single.state_dict().items():
-        assert torch.equal(again[name], tensor), name
+        torch.testing.assert_close(
+            again[name], tensor, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    torch.distributed.barrier()
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -75,3 +97,40 @@ def assert_equals_one_process(path: Path, saved: Path) -> None:
 def test_equals_one_process(two_ranks: Ranks, tmp_path: Path, mode: str, targets: str) -> None:
     path = save_random_model(tmp_path / "model", conv_mode=mode, conv_targets=TARGETS[targets])
     two_ranks.run(assert_equals_one_process, path, tmp_path / "saved")
+
+
+VARIANTS = {
+    "no static filter": {"conv_mode": "headwise", "conv_static": False},
+    "no residual": {"conv_residual": False},
+    "one layer": {"conv_layers": [1]},
+    "one tap": {"conv_kernel_size": 1},
+    "tied embeddings and biases": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_equal_one_process(two_ranks: Ranks, tmp_path: Path, variant: str) -> None:
+    path = save_random_model(tmp_path / "model", conv_targets="all-linear", **VARIANTS[variant])
+    two_ranks.run(assert_equals_one_process, path, tmp_path / "saved")
+
+
+def assert_pipeline_equals_one_process(path: Path) -> None:
+    single = AutoModelForCausalLM.from_pretrained(path)
+    staged = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(pp_size=2))
+    with torch.no_grad():
+        torch.testing.assert_close(staged(tokens()).logits, single(tokens()).logits)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(staged.generate(tokens(), **options), single.generate(tokens(), **options))
+
+
+def test_pipeline_equals_one_process(two_ranks: Ranks, tmp_path: Path) -> None:
+    path = save_random_model(tmp_path / "model", conv_targets="all-linear")
+    two_ranks.run(assert_pipeline_equals_one_process, path)
+
+
+def test_old_spelling_of_the_plan(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks.run(assert_old_spelling_divides, save_random_model(tmp_path / "model"))
+
+
+def assert_old_spelling_divides(path: Path) -> None:
+    assert_is_divided(AutoModelForCausalLM.from_pretrained(path, tp_plan="auto"))
