@@ -70,8 +70,10 @@ class DynConvLlamaConfig(LlamaConfig):
         # Both follow from the convolution fields, so a checkpoint cannot say otherwise.
         kwargs.pop("layer_types", None)
         kwargs.pop("number_of_conv_states", None)
-        super().__post_init__(**kwargs)
+        # Before the base class, which in some releases reads the tensor parallel plan.
         self.conv_targets = _canonical_targets(self.conv_targets)
+        _check_choice("conv_mode", self.conv_mode, CONV_MODES)
+        super().__post_init__(**kwargs)
         self.conv_layers = _canonical_layers(self.conv_layers, self.num_hidden_layers)
         self._check_conv_fields()
 
@@ -92,11 +94,17 @@ class DynConvLlamaConfig(LlamaConfig):
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """Llama's tensor parallel plan, and rules for the convolutions after the layers it divides."""
-        plan = dict(LlamaConfig.base_model_tp_plan)
+        plan = dict(self.__dict__.get("base_model_tp_plan", LlamaConfig.base_model_tp_plan))
         for linear, style in LlamaConfig.base_model_tp_plan.items():
             if linear.rsplit(".", 1)[-1] in self.conv_targets:
                 plan |= _conv_tp_plan(linear.removesuffix("_proj") + "_conv", style, self.conv_mode)
         return plan
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        # Some releases of transformers, and some quantisers, add rules to the plan. Under its own name, a plan is
+        # what transformers leaves out of config.json.
+        self.__dict__["base_model_tp_plan"] = plan
 
     def has_conv(self, layer_idx: int) -> bool:
         """Whether decoder layer `layer_idx` has convolutions."""
@@ -117,7 +125,6 @@ class DynConvLlamaConfig(LlamaConfig):
         }[target]
 
     def _check_conv_fields(self) -> None:
-        _check_choice("conv_mode", self.conv_mode, CONV_MODES)
         _check_choice("conv_init", self.conv_init, CONV_INITS)
         _check_int("conv_kernel_size", self.conv_kernel_size, maximum=MAX_KERNEL_SIZE)
         _check_int("conv_rank", self.conv_rank)

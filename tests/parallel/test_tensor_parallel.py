@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from dynconv_hf import DynamicShortConv
+from dynconv_hf import DynamicShortConv, DynConvLlamaConfig
 
 from .models import save_random_model, tokens
 from .ranks import Ranks
@@ -134,3 +134,21 @@ def test_old_spelling_of_the_plan(two_ranks: Ranks, tmp_path: Path) -> None:
 
 def assert_old_spelling_divides(path: Path) -> None:
     assert_is_divided(AutoModelForCausalLM.from_pretrained(path, tp_plan="auto"))
+
+
+@pytest.mark.parametrize("field", [{"conv_mode": "best"}, {"conv_targets": 3}, {"conv_targets": ["lm_head"]}], ids=str)
+def test_plan_of_a_wrong_config(field: dict) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(field))):
+        DynConvLlamaConfig(tie_word_embeddings=True, **field)
+
+
+def test_plan_follows_the_config(tmp_path: Path) -> None:
+    config = DynConvLlamaConfig(tie_word_embeddings=True, conv_targets=["q_proj", "down_proj"])
+    q_filters, down_filters = "layers.*.self_attn.q_conv.filter_proj", "layers.*.mlp.down_conv.filter_proj"
+    assert config.base_model_tp_plan[q_filters] == "dynconv_coefficients"
+    assert config.base_model_tp_plan[down_filters] == "rowwise"
+    config.conv_mode = "headwise"
+    assert config.base_model_tp_plan[q_filters] == "colwise"
+    assert "tp_plan" not in config.to_json_string()
+    config.save_pretrained(tmp_path)
+    assert DynConvLlamaConfig.from_pretrained(tmp_path).base_model_tp_plan == config.base_model_tp_plan
