@@ -16,8 +16,16 @@ __all__ = ["retrofit"]
 
 CONV_FIELDS = tuple(field.name for field in fields(DynConvLlamaConfig) if field.name.startswith("conv_"))
 SUPPORTED = 'Llama causal language models (model_type "llama", LlamaForCausalLM)'
-# What from_pretrained needs both to find the config and to find the weights.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# What both the config and the weights are loaded with; AutoConfig keeps these to itself.
+SHARED_ARGUMENTS = (
+    "attn_implementation",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+)
 # Where transformers, PEFT and accelerate look to see that a model is quantised.
 QUANTIZATION_ATTRIBUTES = (
     "hf_quantizer",
@@ -70,16 +78,20 @@ class _NewConvolutions(DynConvLlamaForCausalLM):
     _keys_to_ignore_on_load_missing = [r"_conv\."]  # noqa: RUF012
 
 
+# transformers picks the loss of a model by the name of its class.
+_NewConvolutions.__name__ = DynConvLlamaForCausalLM.__name__
+
+
 def _retrofit_checkpoint(
     name_or_path: str | os.PathLike, conv_fields: dict[str, Any], kwargs: dict[str, Any]
 ) -> DynConvLlamaForCausalLM:
     if "config" in kwargs:
         raise TypeError("retrofit() reads the config of the checkpoint: give the fields to change instead of config")
-    hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    shared = {key: kwargs[key] for key in SHARED_ARGUMENTS if key in kwargs}
     config, kwargs = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
     _check_supported(config, repr(str(name_or_path)))
     model = _NewConvolutions.from_pretrained(
-        name_or_path, config=_extend_config(config, conv_fields), **{**kwargs, **hub_kwargs}
+        name_or_path, config=_extend_config(config, conv_fields), **{**kwargs, **shared}
     )
     model.__class__ = DynConvLlamaForCausalLM
     _check_convs_are_not_on_disk(model)

@@ -72,9 +72,9 @@ class DynConvLlamaConfig(LlamaConfig):
         kwargs.pop("number_of_conv_states", None)
         # Before the base class, which in some releases reads the tensor parallel plan.
         self.conv_targets = _canonical_targets(self.conv_targets)
+        self.conv_layers = _canonical_layers(self.conv_layers, self.num_hidden_layers)
         _check_choice("conv_mode", self.conv_mode, CONV_MODES)
         super().__post_init__(**kwargs)
-        self.conv_layers = _canonical_layers(self.conv_layers, self.num_hidden_layers)
         self._check_conv_fields()
 
     @property

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import headwise_dynamic_conv1d, lowrank_dynamic_conv1d, static_conv1d
+from ..kernels import MAX_KERNEL_SIZE, headwise_dynamic_conv1d, lowrank_dynamic_conv1d, static_conv1d
 
 __all__ = ["DynamicShortConv"]
 
@@ -71,6 +71,10 @@ class DynamicShortConv(nn.Module):
         super().__init__()
         if mode not in ("lowrank", "headwise", "static"):
             raise ValueError(f'mode must be "lowrank", "headwise" or "static", got {mode!r}')
+        if not 1 <= kernel_size <= MAX_KERNEL_SIZE:
+            raise ValueError(f"kernel_size must be from 1 to {MAX_KERNEL_SIZE}, got {kernel_size}")
+        if mode == "lowrank" and rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
         if mode == "static" and not static:
             raise ValueError('static must be True in mode "static", which has no other filter; got False')
         if mode == "headwise" and (head_size < 1 or channels % head_size):

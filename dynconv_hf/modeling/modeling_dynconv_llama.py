@@ -242,11 +242,6 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
         attention_mask, padding_mask = _split_masks(attention_mask)
         if past_key_values is not None:
             self._check_cache(past_key_values)
-        if "paged" in self.config._attn_implementation:
-            raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} (continuous batching, generate_batch) has "
-                "no place for the states of the convolutions; use generate()"
-            )
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         conv_positions = None
         if tokens is not None:
@@ -289,6 +284,20 @@ class DynConvLlamaForCausalLM(DynConvLlamaPreTrainedModel, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, where the convolutions have no state (kernel size 1); an error where they have.
+
+        Raises:
+            ValueError: the paged cache of continuous batching has no place for the states of the convolutions.
+        """
+        if "hybrid" in self.config.layer_types:
+            raise ValueError(
+                "continuous batching (generate_batch, transformers serve) is not supported: its paged cache has no "
+                f"place for the states of convolutions with conv_kernel_size={self.config.conv_kernel_size}; "
+                "use generate() with a padded batch"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 class DynConvLlamaForSequenceClassification(GenericForSequenceClassification, DynConvLlamaPreTrainedModel): ...
