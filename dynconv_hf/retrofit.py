@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .distributed import draw_convs_alike, is_divided
 from .modeling import DynamicShortConv, DynConvLlamaConfig, DynConvLlamaForCausalLM
 
 __all__ = ["retrofit"]
@@ -93,6 +94,9 @@ def _retrofit_checkpoint(
         name_or_path, config=_extend_config(config, conv_fields), **{**kwargs, **shared}
     )
     model.__class__ = DynConvLlamaForCausalLM
+    _check_convs_are_not_on_disk(model)
+    if is_divided(model):
+        draw_convs_alike(model)
     return model
 
 
@@ -100,12 +104,7 @@ def _retrofit_model(base: nn.Module, conv_fields: dict[str, Any]) -> DynConvLlam
     _check_supported(getattr(base, "config", None), f"this {type(base).__name__}")
     if not isinstance(base, LlamaForCausalLM):
         raise ValueError(f"retrofit() supports {SUPPORTED}, got {type(base).__name__}: give it the LlamaForCausalLM")
-    device_map = getattr(base, "hf_device_map", None) or {}
-    if len(set(device_map.values())) > 1:
-        raise ValueError(
-            f"this model is spread over the devices {sorted(map(str, set(device_map.values())))}: "
-            "call retrofit(name_or_path, device_map=...) instead, which places the convolutions with their layers"
-        )
+    _check_in_one_place(base)
     config = _extend_config(base.config, conv_fields)
     config._attn_implementation = base.config._attn_implementation
     with torch.device("meta"):
@@ -118,6 +117,36 @@ def _retrofit_model(base: nn.Module, conv_fields: dict[str, Any]) -> DynConvLlam
             setattr(model, name, getattr(base, name))
     model.generation_config = copy.deepcopy(base.generation_config)
     return model.train(base.training)
+
+
+def _check_convs_are_not_on_disk(model: DynConvLlamaForCausalLM) -> None:
+    # accelerate reads what is offloaded to disk from the files of the checkpoint, which has no convolutions.
+    device_map = getattr(model, "hf_device_map", None) or {}
+    on_disk = tuple(f"{name}." if name else "" for name, device in device_map.items() if device == "disk")
+    if any("_conv." in name and name.startswith(on_disk) for name, _ in model.named_parameters()):
+        raise ValueError(
+            "device_map offloads new convolutions to disk, but the checkpoint has no weights for them. Save the "
+            "retrofitted model, retrofit(name_or_path).save_pretrained(directory), and load that with this device_map"
+        )
+
+
+def _check_in_one_place(base: LlamaForCausalLM) -> None:
+    device_map = getattr(base, "hf_device_map", None) or {}
+    if len(set(device_map.values())) > 1:
+        raise ValueError(
+            f"this model is spread over the devices {sorted(map(str, set(device_map.values())))}: "
+            "call retrofit(name_or_path, device_map=...) instead, which places the convolutions with their layers"
+        )
+    if any(parameter.is_meta for parameter in base.parameters()):
+        raise ValueError(
+            "this model has weights on the meta device, because they are offloaded or not loaded yet: "
+            "call retrofit(name_or_path, device_map=...) instead"
+        )
+    if is_divided(base):
+        raise ValueError(
+            "the weights of this model are divided over several processes: call "
+            "retrofit(name_or_path, distributed_config=...) instead, which divides the convolutions with their layers"
+        )
 
 
 def _check_supported(config: PreTrainedConfig | None, what: str) -> None:

@@ -1,6 +1,6 @@
 """Configuration of Llama with dynamic short convolutions."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import LlamaConfig
 
@@ -10,6 +10,10 @@ CONV_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 CONV_MODES = ("lowrank", "headwise", "static")
 CONV_INITS = ("uniform", "identity")
 MAX_KERNEL_SIZE = 8
+
+# Names in transformers' registry of parallel styles; what they do is in parallel_styles.py.
+CHANNELS_STYLE = "dynconv_channels"
+COEFFICIENTS_STYLE = "dynconv_coefficients"
 
 
 class DynConvLlamaConfig(LlamaConfig):
@@ -62,16 +66,14 @@ class DynConvLlamaConfig(LlamaConfig):
     conv_layers: list[int] | None = None
     conv_init: str = "uniform"
 
-    # What follows a column-parallel layer holds a slice of its channels; what follows a row-parallel one holds all of
-    # them, but reads a slice of that layer's input.
-    base_model_tp_plan: ClassVar[dict[str, str]] = dict(LlamaConfig.base_model_tp_plan)
-
     def __post_init__(self, **kwargs: Any) -> None:
         # Both follow from the convolution fields, so a checkpoint cannot say otherwise.
         kwargs.pop("layer_types", None)
         kwargs.pop("number_of_conv_states", None)
+        # Before the base class, which in some releases reads the tensor parallel plan.
         self.conv_targets = _canonical_targets(self.conv_targets)
         self.conv_layers = _canonical_layers(self.conv_layers, self.num_hidden_layers)
+        _check_choice("conv_mode", self.conv_mode, CONV_MODES)
         super().__post_init__(**kwargs)
         self._check_conv_fields()
 
@@ -88,6 +90,21 @@ class DynConvLlamaConfig(LlamaConfig):
     def number_of_conv_states(self) -> int:
         """Convolution states that transformers' caches hold for a "hybrid" layer: one for each target."""
         return len(self.conv_targets)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Llama's tensor parallel plan, and rules for the convolutions after the layers it divides."""
+        plan = dict(self.__dict__.get("base_model_tp_plan", LlamaConfig.base_model_tp_plan))
+        for linear, style in LlamaConfig.base_model_tp_plan.items():
+            if linear.rsplit(".", 1)[-1] in self.conv_targets:
+                plan |= _conv_tp_plan(linear.removesuffix("_proj") + "_conv", style, self.conv_mode)
+        return plan
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        # Some releases of transformers, and some quantisers, add rules to the plan. Under its own name, a plan is
+        # what transformers leaves out of config.json.
+        self.__dict__["base_model_tp_plan"] = plan
 
     def has_conv(self, layer_idx: int) -> bool:
         """Whether decoder layer `layer_idx` has convolutions."""
@@ -108,7 +125,6 @@ class DynConvLlamaConfig(LlamaConfig):
         }[target]
 
     def _check_conv_fields(self) -> None:
-        _check_choice("conv_mode", self.conv_mode, CONV_MODES)
         _check_choice("conv_init", self.conv_init, CONV_INITS)
         _check_int("conv_kernel_size", self.conv_kernel_size, maximum=MAX_KERNEL_SIZE)
         _check_int("conv_rank", self.conv_rank)
@@ -133,6 +149,16 @@ class DynConvLlamaConfig(LlamaConfig):
                     f"conv_head_size must divide the output channels of every layer in conv_targets, got "
                     f"{self.conv_head_size} for {target} with {channels} channels"
                 )
+
+
+def _conv_tp_plan(conv: str, linear_style: str, mode: str) -> dict[str, str]:
+    """The rules for the convolution named `conv`, which follows a linear layer of style "colwise" or "rowwise"."""
+    filter_proj = f"{conv}.filter_proj"
+    if linear_style == "rowwise":
+        # All channels on every rank, but filters from hidden states of which each rank has a slice.
+        return {} if mode == "static" else {filter_proj: "rowwise"}
+    filter_rules = {"lowrank": {filter_proj: COEFFICIENTS_STYLE}, "headwise": {filter_proj: "colwise"}, "static": {}}
+    return {conv: CHANNELS_STYLE, **filter_rules[mode]}
 
 
 def _canonical_targets(targets: list[str] | str) -> list[str]:

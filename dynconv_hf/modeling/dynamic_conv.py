@@ -84,6 +84,7 @@ class DynamicShortConv(nn.Module):
         self.hidden_size = hidden_size
         self.channels = channels
         self.mode = mode
+        self.heads = channels // head_size if mode == "headwise" else None
         self.kernel_size = kernel_size
         self.residual = residual
         self.init = init
@@ -94,7 +95,7 @@ class DynamicShortConv(nn.Module):
             self.filter_proj = FilterProjection(hidden_size, rank)
             self.basis = nn.Parameter(torch.empty(rank, kernel_size, channels))
         elif mode == "headwise":
-            self.filter_proj = FilterProjection(hidden_size, channels // head_size * kernel_size)
+            self.filter_proj = FilterProjection(hidden_size, self.heads * kernel_size)
         if static:
             self.static_filter = nn.Parameter(torch.empty(kernel_size, channels))
         else:

@@ -33,6 +33,7 @@ from transformers.models.llama.modeling_llama import (
 
 from .configuration_dynconv_llama import DynConvLlamaConfig
 from .dynamic_conv import DynamicShortConv
+from .parallel_styles import register_parallel_styles
 from .token_positions import token_positions
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "DynConvLlamaPreTrainedModel",
 ]
 
+register_parallel_styles()
+
 
 class ConvolvedProjections:
     """What attention and MLP share: linear layers, some followed by a convolution with a state in the cache."""
@@ -54,7 +57,7 @@ class ConvolvedProjections:
         self.conv_state_idx = {target: idx for idx, target in enumerate(config.conv_targets)}
         for target in targets:
             has_conv = target in config.conv_targets and config.has_conv(layer_idx)
-            setattr(self, _conv_name(target), _build_conv(config, target) if has_conv else None)
+            setattr(self, _conv_name(target), build_conv(config, target) if has_conv else None)
 
     def project(
         self,
@@ -322,7 +325,8 @@ def _conv_name(target: str) -> str:
     return target.removesuffix("_proj") + "_conv"
 
 
-def _build_conv(config: DynConvLlamaConfig, target: str) -> DynamicShortConv:
+def build_conv(config: DynConvLlamaConfig, target: str) -> DynamicShortConv:
+    """The convolution that follows the linear layer `target`."""
     hidden_size, channels = config.linear_features(target)
     return DynamicShortConv(
         hidden_size,
