@@ -141,10 +141,7 @@ def lowrank_forward_kernel(
 def filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, positions, RESIDUAL: gl.constexpr):
     """One token of the convolution: x_w is the input w steps back, k_w its filter."""
     x = tap_input(x_0, positions, 0).to(gl.float32)
-    if RESIDUAL:
-        y = gl.fma(k_0, x, x_0.to(gl.float32))
-    else:
-        y = k_0 * x
+    y = gl.fma(k_0, x, x_0.to(gl.float32)) if RESIDUAL else k_0 * x
     y = gl.fma(k_1, tap_input(x_1, positions, 1).to(gl.float32), y)
     y = gl.fma(k_2, tap_input(x_2, positions, 2).to(gl.float32), y)
     y = gl.fma(k_3, tap_input(x_3, positions, 3).to(gl.float32), y)
