@@ -31,16 +31,15 @@ from .run_permuted_layout import (
     load_basis,
     load_coefficients,
     load_halo,
-    load_positions,
+    load_reach,
     mma_layout,
     product_columns,
     ring_layout,
     row_layout,
     run_starts,
     stage_coefficients,
-    stage_positions,
-    tap_input,
     tokens_of_pair,
+    where_reached,
 )
 
 __all__ = ["lowrank_backward_kernel"]
@@ -78,8 +77,9 @@ def lowrank_backward_kernel(
     RESIDUAL: gl.constexpr,
     TAIL: gl.constexpr,
 ):
-    """Grid (D / (32 * WARPS), ceil(T / (8 * L)), B); L even, 2 * STAGES <= L + 2, L <= MAX_L. TAIL: T is no multiple of 8 * L.
+    """Grid (D / (32 * WARPS), ceil(T / (8 * L)), B). L is even, from 2 * STAGES - 2 to MAX_L.
 
+    TAIL: T is no multiple of 8 * L.
     dz_partial: (D / (32 * WARPS), B * chunks, L / 2, 16, 16), rows in tile order. du_partial: (B * chunks, 16, 4, D).
     """
     BLOCK: gl.constexpr = WARPS * WARP_CHANNELS
@@ -132,8 +132,9 @@ def lowrank_backward_kernel(
     z_shared = stage_coefficients(z, MAX_L // 2)
     z_after_shared = stage_coefficients(z_after, 2)
     if positions_ptr is not None:
-        positions = load_positions(positions_ptr + token, RUNS * MAX_L, L, left, WARPS)
-        positions_shared = stage_positions(positions, RUNS * MAX_L)
+        positions_ptr += token
+        reach_shared = load_reach(positions_ptr, 0, MAX_L // 2, L, L, left, WARPS)
+        reach_after_shared = load_reach(positions_ptr, L, 2, L, L + 4, left, WARPS)
 
     # The basis twice: as right operand of the product that makes filters, and of the one that makes dz.
     columns = product_columns(basis, WARPS)
@@ -182,17 +183,11 @@ def lowrank_backward_kernel(
         x_source += 2 * X_STRIDE
         dy_source += 2 * DY_STRIDE
 
-        p = None
-        p_next = None
-        if positions_ptr is not None:
-            p = positions_shared.index(2 * pair).load(row_layout(WARPS))
-            p_next = positions_shared.index(2 * pair + 1).load(row_layout(WARPS))
+        reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(WARPS))
 
         z_operand = z_shared.index(pair).load(gl.DotOperandLayout(0, mma, 2))
         filters = mma_v2(z_operand, filter_basis.load(gl.DotOperandLayout(1, mma, 2)), zero)
-        done_3, done_2, dx_3, dx_2, dx_1 = advance_dx(
-            filters, dy_0, dy_next, dx_3, dx_2, dx_1, p, p_next, RESIDUAL, WARPS
-        )
+        done_3, done_2, dx_3, dx_2, dx_1 = advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, reach, RESIDUAL, WARPS)
         # What a run's first tokens add to the tokens before it, the run before it adds too (or the state gets).
         mask_3 = pair + run * 0 > 1
         mask_2 = pair + run * 0 > 0
@@ -207,14 +202,14 @@ def lowrank_backward_kernel(
             gl.store(dstate_ptr + ((2 * pair + 1) * D + run * 0 + channels), done_2, mask=first_run & (pair < 1))
         destination += 2 * D
 
-        g_0 = product(dy_0, tap_input(x_0, p, 0))
-        g_1 = product(dy_0, tap_input(x_1, p, 1))
-        g_2 = product(dy_0, tap_input(x_2, p, 2))
-        g_3 = product(dy_0, tap_input(x_3, p, 3))
-        n_0 = product(dy_next, tap_input(x_next, p_next, 0))
-        n_1 = product(dy_next, tap_input(x_0, p_next, 1))
-        n_2 = product(dy_next, tap_input(x_1, p_next, 2))
-        n_3 = product(dy_next, tap_input(x_2, p_next, 3))
+        g_0 = product(dy_0, where_reached(x_0, reach, 0))
+        g_1 = product(dy_0, where_reached(x_1, reach, 1))
+        g_2 = product(dy_0, where_reached(x_2, reach, 2))
+        g_3 = product(dy_0, where_reached(x_3, reach, 3))
+        n_0 = product(dy_next, where_reached(x_next, reach, 4))
+        n_1 = product(dy_next, where_reached(x_0, reach, 5))
+        n_2 = product(dy_next, where_reached(x_1, reach, 6))
+        n_3 = product(dy_next, where_reached(x_2, reach, 7))
         # [warp, g, (j, q, e), h, tap] -> [warp, (h, g), (tap, q, j, e)]: the operand as it lies.
         g_rows = joined(g_0, g_1, g_2, g_3, n_0, n_1, n_2, n_3, WARPS).permute([0, 5, 1, 6, 3, 2, 4])
         g_operand = gl.convert_layout(
@@ -257,22 +252,15 @@ def lowrank_backward_kernel(
     dy_0 = gl.load(after, mask=left_after > 0, other=0.0)
     dy_next = gl.load(after + DY_STRIDE, mask=left_after > 1, other=0.0)
     dy_last = gl.load(after + 2 * DY_STRIDE, mask=left_after > 2, other=0.0)
-    p = None
-    p_next = None
-    p_last = None
-    if positions_ptr is not None:
-        row = gl.arange(0, RUNS, row_layout(WARPS)) * L + L
-        positions_ptr += token
-        p = gl.load(positions_ptr + row, mask=row < left, other=0)
-        p_next = gl.load(positions_ptr + row + 1, mask=row + 1 < left, other=0)
-        p_last = gl.load(positions_ptr + row + 2, mask=row + 2 < left, other=0)
+    reach = None if positions_ptr is None else reach_after_shared.index(0).load(row_layout(WARPS))
+    reach_last = None if positions_ptr is None else reach_after_shared.index(1).load(row_layout(WARPS))
     z_operand = z_after_shared.index(0).load(gl.DotOperandLayout(0, mma, 2))
     filters = mma_v2(z_operand, filter_basis.load(gl.DotOperandLayout(1, mma, 2)), zero)
-    done_3, done_2, dx_3, dx_2, dx_1 = advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, p, p_next, RESIDUAL, WARPS)
+    done_3, done_2, dx_3, dx_2, dx_1 = advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, reach, RESIDUAL, WARPS)
     z_operand = z_after_shared.index(1).load(gl.DotOperandLayout(0, mma, 2))
     filters = mma_v2(z_operand, filter_basis.load(gl.DotOperandLayout(1, mma, 2)), zero)
     # Of this pair only the first token matters, and of what it completes only the oldest.
-    done_1, _, _, _, _ = advance_dx(filters, dy_last, dy_last, dx_3, dx_2, dx_1, p_last, p_last, RESIDUAL, WARPS)
+    done_1, _, _, _, _ = advance_dx(filters, dy_last, dy_last, dx_3, dx_2, dx_1, reach_last, RESIDUAL, WARPS)
     if TAIL:
         gl.store(destination - 3 * D, done_3, mask=left_after > -3)
         gl.store(destination - 2 * D, done_2, mask=left_after > -2)
@@ -286,7 +274,7 @@ def lowrank_backward_kernel(
 
 
 @gluon.jit
-def advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, p, p_next, RESIDUAL: gl.constexpr, warps: gl.constexpr):
+def advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, reach, RESIDUAL: gl.constexpr, warps: gl.constexpr):
     """Adds what two tokens give to dx of themselves and the three before; the two oldest are then complete.
 
     Returns those two in bfloat16, and dx of the last three tokens, oldest first.
@@ -294,13 +282,15 @@ def advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, p, p_next, RESIDUAL: gl
     k_0, k_1, k_2, k_3, n_0, n_1, n_2, n_3 = filters_of_pair(filters, warps)
     dy_0 = dy_0.to(gl.float32)
     dy_next = dy_next.to(gl.float32)
-    done_3 = gl.fma(tap_input(k_3, p, 3), dy_0, dx_3)
-    done_2 = gl.fma(tap_input(n_3, p_next, 3), dy_next, gl.fma(tap_input(k_2, p, 2), dy_0, dx_2))
-    dx_3 = gl.fma(tap_input(n_2, p_next, 2), dy_next, gl.fma(tap_input(k_1, p, 1), dy_0, dx_1))
-    k_0 = tap_input(k_0, p, 0)
-    n_0 = tap_input(n_0, p_next, 0)
-    own = gl.fma(k_0, dy_0, dy_0) if RESIDUAL else k_0 * dy_0
-    dx_2 = gl.fma(tap_input(n_1, p_next, 1), dy_next, own)
+    done_3 = gl.fma(where_reached(k_3, reach, 3), dy_0, dx_3)
+    done_2 = gl.fma(where_reached(k_2, reach, 2), dy_0, dx_2)
+    done_2 = gl.fma(where_reached(n_3, reach, 7), dy_next, done_2)
+    dx_3 = gl.fma(where_reached(k_1, reach, 1), dy_0, dx_1)
+    dx_3 = gl.fma(where_reached(n_2, reach, 6), dy_next, dx_3)
+    k_0 = where_reached(k_0, reach, 0)
+    n_0 = where_reached(n_0, reach, 4)
+    dx_2 = gl.fma(k_0, dy_0, dy_0) if RESIDUAL else k_0 * dy_0
+    dx_2 = gl.fma(where_reached(n_1, reach, 5), dy_next, dx_2)
     dx_1 = gl.fma(n_0, dy_next, dy_next) if RESIDUAL else n_0 * dy_next
     return done_3.to(gl.bfloat16), done_2.to(gl.bfloat16), dx_3, dx_2, dx_1
 

@@ -21,16 +21,15 @@ from .run_permuted_layout import (
     load_basis,
     load_coefficients,
     load_halo,
-    load_positions,
+    load_reach,
     mma_layout,
     product_columns,
     ring_layout,
     row_layout,
-    stage_coefficients,
-    stage_positions,
     run_starts,
-    tap_input,
+    stage_coefficients,
     tokens_of_pair,
+    where_reached,
 )
 
 __all__ = ["lowrank_forward_kernel"]
@@ -94,8 +93,7 @@ def lowrank_forward_kernel(
 
     z_shared = stage_coefficients(coefficients, PAIRS)
     if positions_ptr is not None:
-        positions = load_positions(positions_ptr + token, RUNS * L, L, left, WARPS)
-        positions_shared = stage_positions(positions, RUNS * L)
+        reach_shared = load_reach(positions_ptr + token, 0, PAIRS, L, L, left, WARPS)
 
     columns = product_columns(basis, WARPS).permute([0, 1, 4, 2, 3, 5]).reshape([RANKS, TAPS * BLOCK])
     basis_operand = gl.convert_layout(columns, gl.DotOperandLayout(1, mma, 2))
@@ -117,14 +115,10 @@ def lowrank_forward_kernel(
         x_0, x_next = tokens_of_pair(ring.index(pair % STAGES), WARPS)
         z_operand = z_shared.index(pair).load(gl.DotOperandLayout(0, mma, 2))
         k_0, k_1, k_2, k_3, n_0, n_1, n_2, n_3 = filters_of_pair(mma_v2(z_operand, basis_operand, zero), WARPS)
-        p = None
-        p_next = None
-        if positions_ptr is not None:
-            p = positions_shared.index(2 * pair).load(row_layout(WARPS))
-            p_next = positions_shared.index(2 * pair + 1).load(row_layout(WARPS))
+        reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(WARPS))
 
-        y = filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, p, RESIDUAL)
-        y_next = filtered(x_next, x_0, x_1, x_2, n_0, n_1, n_2, n_3, p_next, RESIDUAL)
+        y = filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, reach, 0, RESIDUAL)
+        y_next = filtered(x_next, x_0, x_1, x_2, n_0, n_1, n_2, n_3, reach, 4, RESIDUAL)
         if TAIL:
             gl.store(destination, y, mask=2 * pair < left_of_run)
             gl.store(destination + D, y_next, mask=2 * pair + 1 < left_of_run)
@@ -138,11 +132,11 @@ def lowrank_forward_kernel(
 
 
 @gluon.jit
-def filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, positions, RESIDUAL: gl.constexpr):
-    """One token of the convolution: x_w is the input w steps back, k_w its filter."""
-    x = tap_input(x_0, positions, 0).to(gl.float32)
+def filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, reach, bit: gl.constexpr, RESIDUAL: gl.constexpr):
+    """One token of the convolution: x_w is the input w steps back, k_w its filter, `bit` + w its bit of `reach`."""
+    x = where_reached(x_0, reach, bit).to(gl.float32)
     y = gl.fma(k_0, x, x_0.to(gl.float32)) if RESIDUAL else k_0 * x
-    y = gl.fma(k_1, tap_input(x_1, positions, 1).to(gl.float32), y)
-    y = gl.fma(k_2, tap_input(x_2, positions, 2).to(gl.float32), y)
-    y = gl.fma(k_3, tap_input(x_3, positions, 3).to(gl.float32), y)
+    y = gl.fma(k_1, where_reached(x_1, reach, bit + 1).to(gl.float32), y)
+    y = gl.fma(k_2, where_reached(x_2, reach, bit + 2).to(gl.float32), y)
+    y = gl.fma(k_3, where_reached(x_3, reach, bit + 3).to(gl.float32), y)
     return y.to(gl.bfloat16)

@@ -37,16 +37,15 @@ __all__ = [
     "load_basis",
     "load_coefficients",
     "load_halo",
-    "load_positions",
+    "load_reach",
     "mma_layout",
     "product_columns",
     "ring_layout",
     "ring_load_layout",
     "row_layout",
     "stage_coefficients",
-    "stage_positions",
-    "tap_input",
     "tokens_of_pair",
+    "where_reached",
 ]
 
 RUNS = gl.constexpr(8)
@@ -166,23 +165,25 @@ def stage_coefficients(coefficients, pairs: gl.constexpr):
 
 
 @gluon.jit
-def stage_positions(positions, rows: gl.constexpr):
-    """Positions in shared memory, [rows / G, G]."""
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    memory = gl.allocate_shared_memory(gl.int32, [rows], layout)
-    memory.store(positions)
-    return reinterpret(memory, [rows // RUNS, RUNS], layout)
+def load_reach(positions_ptr, first, pairs: gl.constexpr, L, steps, left, warps: gl.constexpr):
+    """Which taps reach back within the token's own sequence, in shared memory: [pairs, G], int32.
 
-
-@gluon.jit
-def load_positions(positions_ptr, rows: gl.constexpr, L, left, warps: gl.constexpr):
-    """Positions in tile order, int32; only whether they reach 1, 2 and 3 matters."""
+    Bit w is for tap w of the first token of a pair, bit 4 + w for the second.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [warps], [0])
-    row = gl.arange(0, rows, layout)
-    step = (row // 16) * 2 + (row // 8) % 2
-    token = (row % 8) * L + step
-    positions = gl.load(positions_ptr + token, mask=(step < L) & (token < left), other=0)
-    return gl.minimum(gl.maximum(positions, -1), TAPS).to(gl.int32)
+    row = gl.arange(0, pairs * RUNS, layout)
+    step = first + (row // RUNS) * 2
+    token = (row % RUNS) * L + step
+    position = gl.load(positions_ptr + token, mask=(step < steps) & (token < left), other=0)
+    position_next = gl.load(positions_ptr + token + 1, mask=(step + 1 < steps) & (token + 1 < left), other=0)
+    reach = gl.zeros([pairs * RUNS], gl.int32, layout)
+    for tap in gl.static_range(TAPS):
+        reach |= gl.where(position >= tap, 1 << tap, 0)
+        reach |= gl.where(position_next >= tap, 1 << (TAPS + tap), 0)
+    shared_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    memory = gl.allocate_shared_memory(gl.int32, [pairs * RUNS], shared_layout)
+    memory.store(reach)
+    return reinterpret(memory, [pairs, RUNS], shared_layout)
 
 
 @gluon.jit
@@ -264,9 +265,9 @@ def load_halo(x_ptr, state_ptr, back: gl.constexpr, start, T, L, stride, D: gl.c
 
 
 @gluon.jit
-def tap_input(x, positions, tap: gl.constexpr):
-    """x where the token's sequence reaches `tap` steps back; a choice, not a product: x may be inf or nan there."""
-    if positions is None:
+def where_reached(x, reach, bit: gl.constexpr):
+    """x where the tap of `bit` counts, else zero; a choice, not a product: x may be inf or nan there."""
+    if reach is None:
         return x
     else:
-        return gl.where((positions >= tap)[None, :, None], x, gl.zeros_like(x))
+        return gl.where(((reach & (1 << bit)) != 0)[None, :, None], x, gl.zeros_like(x))
