@@ -68,7 +68,6 @@ def lowrank_backward_kernel(
     L,
     D: gl.constexpr,
     R: gl.constexpr,
-    DY_STRIDE: gl.constexpr,
     X_STRIDE: gl.constexpr,
     Z_STRIDE: gl.constexpr,
     MAX_L: gl.constexpr,
@@ -93,7 +92,7 @@ def lowrank_backward_kernel(
     channel = gl.program_id(0) * BLOCK
     token = batch * T + start
     pairs = L // 2
-    dy_ptr += token * DY_STRIDE + channel
+    dy_ptr += token * D + channel
     x_ptr += token * X_STRIDE + channel
     dx_ptr += token * D + channel
     coefficients_ptr += token * Z_STRIDE
@@ -113,7 +112,7 @@ def lowrank_backward_kernel(
     dy_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, RUNS, BLOCK], ring_layout())
     rows = copy_rows(L, WARPS)
     x_source = x_ptr + copy_offsets(rows, X_STRIDE, WARPS)
-    dy_source = dy_ptr + copy_offsets(rows, DY_STRIDE, WARPS)
+    dy_source = dy_ptr + copy_offsets(rows, D, WARPS)
     for stage in gl.static_range(STAGES - 1):
         if TAIL:
             async_load(x_ring.index(stage), x_source, mask=rows + 2 * stage < left)
@@ -123,7 +122,7 @@ def lowrank_backward_kernel(
             async_load(dy_ring.index(stage), dy_source)
         async_copy.commit_group()
         x_source += 2 * X_STRIDE
-        dy_source += 2 * DY_STRIDE
+        dy_source += 2 * D
 
     x_3 = load_halo(x_ptr, state_ptr, 3, start, T, L, X_STRIDE, D, WARPS)
     x_2 = load_halo(x_ptr, state_ptr, 2, start, T, L, X_STRIDE, D, WARPS)
@@ -162,7 +161,8 @@ def lowrank_backward_kernel(
 
     run = run_starts(L, WARPS)
     channels = lane_channels(WARPS)
-    destination = dx_ptr + (run * D + channels)
+    # An offset, not a pointer: it serves dx and, after the runs, dy; pointers would not fit into the registers.
+    offset = run * D + channels
     left_of_run = left - run
     # What dx of the last three tokens has so far.
     dx_3 = gl.zeros([WARPS, RUNS, WARP_CHANNELS], gl.float32, lanes)
@@ -181,7 +181,7 @@ def lowrank_backward_kernel(
         async_load(dy_ring.index(ahead % STAGES), dy_source, mask=mask)
         async_copy.commit_group()
         x_source += 2 * X_STRIDE
-        dy_source += 2 * DY_STRIDE
+        dy_source += 2 * D
 
         reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(WARPS))
 
@@ -194,13 +194,13 @@ def lowrank_backward_kernel(
         if TAIL:
             mask_3 = mask_3 & (2 * pair - 3 < left_of_run)
             mask_2 = mask_2 & (2 * pair - 2 < left_of_run)
-        gl.store(destination - 3 * D, done_3, mask=mask_3)
-        gl.store(destination - 2 * D, done_2, mask=mask_2)
+        gl.store(dx_ptr + (offset - 3 * D), done_3, mask=mask_3)
+        gl.store(dx_ptr + (offset - 2 * D), done_2, mask=mask_2)
         if state_ptr is not None:
             first_run = (start + run == 0) & (pair < 2)
             gl.store(dstate_ptr + (2 * pair * D + run * 0 + channels), done_3, mask=first_run)
             gl.store(dstate_ptr + ((2 * pair + 1) * D + run * 0 + channels), done_2, mask=first_run & (pair < 1))
-        destination += 2 * D
+        offset += 2 * D
 
         g_0 = product(dy_0, where_reached(x_0, reach, 0))
         g_1 = product(dy_0, where_reached(x_1, reach, 1))
@@ -247,11 +247,11 @@ def lowrank_backward_kernel(
         x_1 = x_next
 
     # Three more tokens complete dx of each run's last three.
-    after = dy_ptr + ((run + L) * DY_STRIDE + channels)
+    after = dy_ptr + offset
     left_after = left_of_run - L
     dy_0 = gl.load(after, mask=left_after > 0, other=0.0)
-    dy_next = gl.load(after + DY_STRIDE, mask=left_after > 1, other=0.0)
-    dy_last = gl.load(after + 2 * DY_STRIDE, mask=left_after > 2, other=0.0)
+    dy_next = gl.load(after + D, mask=left_after > 1, other=0.0)
+    dy_last = gl.load(after + 2 * D, mask=left_after > 2, other=0.0)
     reach = None if positions_ptr is None else reach_after_shared.index(0).load(row_layout(WARPS))
     reach_last = None if positions_ptr is None else reach_after_shared.index(1).load(row_layout(WARPS))
     z_operand = z_after_shared.index(0).load(gl.DotOperandLayout(0, mma, 2))
@@ -262,13 +262,13 @@ def lowrank_backward_kernel(
     # Of this pair only the first token matters, and of what it completes only the oldest.
     done_1, _, _, _, _ = advance_dx(filters, dy_last, dy_last, dx_3, dx_2, dx_1, reach_last, RESIDUAL, WARPS)
     if TAIL:
-        gl.store(destination - 3 * D, done_3, mask=left_after > -3)
-        gl.store(destination - 2 * D, done_2, mask=left_after > -2)
-        gl.store(destination - D, done_1, mask=left_after > -1)
+        gl.store(dx_ptr + (offset - 3 * D), done_3, mask=left_after > -3)
+        gl.store(dx_ptr + (offset - 2 * D), done_2, mask=left_after > -2)
+        gl.store(dx_ptr + (offset - D), done_1, mask=left_after > -1)
     else:
-        gl.store(destination - 3 * D, done_3)
-        gl.store(destination - 2 * D, done_2)
-        gl.store(destination - D, done_1)
+        gl.store(dx_ptr + (offset - 3 * D), done_3)
+        gl.store(dx_ptr + (offset - 2 * D), done_2)
+        gl.store(dx_ptr + (offset - D), done_1)
 
     store_du(du, du_partial_ptr + chunk * (RANKS * TAPS * D) + channel, R, D, static_ptr is not None, WARPS)
 
