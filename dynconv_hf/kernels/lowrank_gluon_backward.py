@@ -280,18 +280,16 @@ def advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, reach, RESIDUAL: gl.con
     Returns those two in bfloat16, and dx of the last three tokens, oldest first.
     """
     k_0, k_1, k_2, k_3, n_0, n_1, n_2, n_3 = filters_of_pair(filters, warps)
-    dy_0 = dy_0.to(gl.float32)
-    dy_next = dy_next.to(gl.float32)
-    done_3 = gl.fma(where_reached(k_3, reach, 3), dy_0, dx_3)
-    done_2 = gl.fma(where_reached(k_2, reach, 2), dy_0, dx_2)
-    done_2 = gl.fma(where_reached(n_3, reach, 7), dy_next, done_2)
-    dx_3 = gl.fma(where_reached(k_1, reach, 1), dy_0, dx_1)
-    dx_3 = gl.fma(where_reached(n_2, reach, 6), dy_next, dx_3)
-    k_0 = where_reached(k_0, reach, 0)
-    n_0 = where_reached(n_0, reach, 4)
-    dx_2 = gl.fma(k_0, dy_0, dy_0) if RESIDUAL else k_0 * dy_0
-    dx_2 = gl.fma(where_reached(n_1, reach, 5), dy_next, dx_2)
-    dx_1 = gl.fma(n_0, dy_next, dy_next) if RESIDUAL else n_0 * dy_next
+    done_3 = gl.fma(k_3, where_reached(dy_0, reach, 3).to(gl.float32), dx_3)
+    done_2 = gl.fma(k_2, where_reached(dy_0, reach, 2).to(gl.float32), dx_2)
+    done_2 = gl.fma(n_3, where_reached(dy_next, reach, 7).to(gl.float32), done_2)
+    dx_3 = gl.fma(k_1, where_reached(dy_0, reach, 1).to(gl.float32), dx_1)
+    dx_3 = gl.fma(n_2, where_reached(dy_next, reach, 6).to(gl.float32), dx_3)
+    own = where_reached(dy_0, reach, 0).to(gl.float32)
+    own_next = where_reached(dy_next, reach, 4).to(gl.float32)
+    dx_2 = gl.fma(k_0, own, dy_0.to(gl.float32)) if RESIDUAL else k_0 * own
+    dx_2 = gl.fma(n_1, where_reached(dy_next, reach, 5).to(gl.float32), dx_2)
+    dx_1 = gl.fma(n_0, own_next, dy_next.to(gl.float32)) if RESIDUAL else n_0 * own_next
     return done_3.to(gl.bfloat16), done_2.to(gl.bfloat16), dx_3, dx_2, dx_1
 
 

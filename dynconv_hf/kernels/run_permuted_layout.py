@@ -266,11 +266,11 @@ def load_halo(x_ptr, state_ptr, back: gl.constexpr, start, T, L, stride, D: gl.c
 
 @gluon.jit
 def where_reached(x, reach, bit: gl.constexpr):
-    """x where the tap of `bit` counts, else zero; a choice, not a product: x may be inf or nan there."""
+    """x (bfloat16) where the tap of `bit` counts, else zero; a choice, not a product: x may be inf or nan there."""
     if reach is None:
         return x
-    elif x.dtype == gl.bfloat16:
-        # Two at a time; `where` would take each pair apart and put it together again.
+    else:
+        # Two at a time; `where` would take each pair apart and put it together again, and the backward would spill.
         reached = (reach & (1 << bit))[None, :, None] + gl.zeros_like(x).to(gl.int32)
         return gl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.u32 p, $2, 0; selp.b32 $0, $1, 0, p; }",
@@ -280,5 +280,3 @@ def where_reached(x, reach, bit: gl.constexpr):
             is_pure=True,
             pack=2,
         )
-    else:
-        return gl.where(((reach & (1 << bit)) != 0)[None, :, None], x, gl.zeros_like(x))
