@@ -13,7 +13,13 @@ import torch
 try:
     from .lowrank_gluon_backward import lowrank_backward_kernel
     from .lowrank_gluon_forward import lowrank_forward_kernel
-    from .lowrank_gluon_reduction import DU_ELEMENTS, DZ_ROWS, lowrank_reduction_kernel
+    from .lowrank_gluon_reduction import (
+        DU_AHEAD,
+        DU_ELEMENTS,
+        DZ_ROWS,
+        lowrank_reduction_kernel,
+        lowrank_state_gradient_kernel,
+    )
 
     MISSING = None
 except (ImportError, AttributeError) as error:
@@ -144,23 +150,29 @@ def backward(
     dstatic = (
         None if static_filter is None else torch.empty(static_filter.shape, dtype=static_filter.dtype, device=x.device)
     )
-    state = _state(initial_state, x.dtype)
-    dstate = None if state is None else torch.empty_like(state)
+    dstate = (
+        None if initial_state is None else torch.empty(initial_state.shape, dtype=initial_state.dtype, device=x.device)
+    )
     dz_partial = torch.empty((blocks, chunks, pairs, 2 * RUNS, RANKS), dtype=torch.float32, device=x.device)
     du_partial = torch.empty((chunks, RANKS, TAPS, channels), dtype=torch.float32, device=x.device)
     x, x_stride = _token_rows(x, alignment=8)
     coefficients, z_stride = _token_rows(coefficients, alignment=1)
+    dy, basis, static_filter, positions = (
+        _aligned(dy),
+        basis.contiguous(),
+        _contiguous(static_filter),
+        _batched(positions, batch),
+    )
     with torch.cuda.device(x.device):
         lowrank_backward_kernel[(blocks, plan.chunks, batch)](
-            _aligned(dy),
+            dy,
             x,
             coefficients,
-            basis.contiguous(),
-            _contiguous(static_filter),
-            _batched(positions, batch),
-            state,
+            basis,
+            static_filter,
+            positions,
+            _state(initial_state, x.dtype),
             dx,
-            dstate,
             dz_partial,
             du_partial,
             tokens,
@@ -173,10 +185,11 @@ def backward(
             WARPS=plan.warps,
             STAGES=BACKWARD_STAGES,
             RESIDUAL=residual,
-            TAIL=tokens % (RUNS * plan.run_length) != 0,
+            # With positions the masks of a tail cost nothing, and without them the compiler spills.
+            TAIL=tokens % (RUNS * plan.run_length) != 0 or positions is not None,
             num_warps=plan.warps,
         )
-        dz_programs = -(-batch * tokens // DZ_ROWS)
+        dz_programs = -(-chunks * pairs * 2 * RUNS // DZ_ROWS)
         du_programs = (rank + (static_filter is not None)) * TAPS * channels // DU_ELEMENTS
         lowrank_reduction_kernel[(dz_programs + du_programs,)](
             dz_partial,
@@ -186,7 +199,6 @@ def backward(
             dstatic,
             tokens,
             plan.run_length,
-            batch * tokens,
             plan.chunks,
             chunks,
             dz_programs,
@@ -195,10 +207,26 @@ def backward(
             BLOCKS=blocks,
             DZ_ROWS=DZ_ROWS,
             DU_ELEMENTS=DU_ELEMENTS,
+            DU_AHEAD=DU_AHEAD,
             num_warps=4,
         )
-    dinitial_state = None if initial_state is None else dstate.to(initial_state.dtype)
-    return dx, dcoefficients, dbasis, dstatic, dinitial_state
+        if initial_state is not None:
+            block = FORWARD_WARPS * WARP_CHANNELS
+            lowrank_state_gradient_kernel[(channels // block, batch)](
+                dy,
+                coefficients,
+                basis,
+                static_filter,
+                positions,
+                dstate,
+                tokens,
+                D=channels,
+                R=rank,
+                Z_STRIDE=z_stride,
+                BLOCK=block,
+                num_warps=FORWARD_WARPS,
+            )
+    return dx, dcoefficients, dbasis, dstatic, dstate
 
 
 @functools.lru_cache(maxsize=1024)

@@ -61,7 +61,6 @@ def lowrank_backward_kernel(
     positions_ptr,
     state_ptr,
     dx_ptr,
-    dstate_ptr,
     dz_partial_ptr,
     du_partial_ptr,
     T,
@@ -101,7 +100,6 @@ def lowrank_backward_kernel(
         static_ptr += channel
     if state_ptr is not None:
         state_ptr += batch * ((TAPS - 1) * D) + channel
-        dstate_ptr += batch * ((TAPS - 1) * D) + channel
 
     z = load_coefficients(coefficients_ptr, 0, RUNS * MAX_L, L, L, left, R, Z_STRIDE, WARPS)
     # The two pairs after each run: their taps reach back into it.
@@ -157,7 +155,7 @@ def lowrank_backward_kernel(
     )
     dz_element = gl.arange(0, 2 * RUNS * RANKS, gl.SliceLayout(0, dz_sum_layout))
     dz_plane = gl.program_id(0).to(gl.int64) * gl.num_programs(1) * gl.num_programs(2)
-    dz_destination = dz_partial_ptr + (dz_plane + chunk) * (RUNS * RANKS) * L + dz_element
+    dz_destination = dz_partial_ptr + (dz_plane + chunk) * (RUNS * RANKS) * L + (dz_element - 2 * RUNS * RANKS)
 
     run = run_starts(L, WARPS)
     channels = lane_channels(WARPS)
@@ -170,6 +168,10 @@ def lowrank_backward_kernel(
     dx_1 = dx_3
     for pair in range(pairs):
         async_copy.wait_group(STAGES - 2)
+        # One pair late: the barrier after the wait makes the other warps' shares visible, no other is needed.
+        dz_pair = gl.sum(dz_shared.load(dz_sum_layout), axis=0)
+        gl.store(dz_destination, dz_pair.to(dz_partial_ptr.dtype.element_ty), mask=pair + dz_element * 0 > 0)
+        dz_destination += 2 * RUNS * RANKS
         x_0, x_next = tokens_of_pair(x_ring.index(pair % STAGES), WARPS)
         dy_0, dy_next = tokens_of_pair(dy_ring.index(pair % STAGES), WARPS)
         # The copies past the end are masked, not skipped: the count of groups in flight stays the same.
@@ -188,7 +190,7 @@ def lowrank_backward_kernel(
         z_operand = z_shared.index(pair).load(gl.DotOperandLayout(0, mma, 2))
         filters = mma_v2(z_operand, filter_basis.load(gl.DotOperandLayout(1, mma, 2)), zero)
         done_3, done_2, dx_3, dx_2, dx_1 = advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, reach, RESIDUAL, WARPS)
-        # What a run's first tokens add to the tokens before it, the run before it adds too (or the state gets).
+        # What a run's first tokens add to dx of the tokens before it, the run before it adds too.
         mask_3 = pair + run * 0 > 1
         mask_2 = pair + run * 0 > 0
         if TAIL:
@@ -196,10 +198,6 @@ def lowrank_backward_kernel(
             mask_2 = mask_2 & (2 * pair - 2 < left_of_run)
         gl.store(dx_ptr + (offset - 3 * D), done_3, mask=mask_3)
         gl.store(dx_ptr + (offset - 2 * D), done_2, mask=mask_2)
-        if state_ptr is not None:
-            first_run = (start + run == 0) & (pair < 2)
-            gl.store(dstate_ptr + (2 * pair * D + run * 0 + channels), done_3, mask=first_run)
-            gl.store(dstate_ptr + ((2 * pair + 1) * D + run * 0 + channels), done_2, mask=first_run & (pair < 1))
         offset += 2 * D
 
         g_0 = product(dy_0, where_reached(x_0, reach, 0))
@@ -239,12 +237,12 @@ def lowrank_backward_kernel(
         du = mma_v2(z_operand, g_operand, du)
 
         dz_shared.store(dz.reshape([WARPS, 2 * RUNS * RANKS]))
-        dz_pair = gl.sum(dz_shared.load(dz_sum_layout), axis=0)
-        gl.store(dz_destination, dz_pair.to(dz_partial_ptr.dtype.element_ty))
-        dz_destination += 2 * RUNS * RANKS
         x_3 = x_1
         x_2 = x_0
         x_1 = x_next
+
+    dz_pair = gl.sum(dz_shared.load(dz_sum_layout), axis=0)
+    gl.store(dz_destination, dz_pair.to(dz_partial_ptr.dtype.element_ty))
 
     # Three more tokens complete dx of each run's last three.
     after = dy_ptr + offset

@@ -1,10 +1,6 @@
 """The Gluon path of the low-rank convolution: against the reference in float64 on a GPU, its gates without one."""
 
-import os
 import random
-import re
-import subprocess
-import tempfile
 
 import pytest
 import torch
@@ -89,8 +85,10 @@ class Case:
                 assert a is None, name
                 continue
             assert a.shape == b.shape and a.dtype == source.dtype, name
+            # A few numbers' rounding errors do not average out.
+            limit = tolerance * (1 + 2 / b.numel() ** 0.5)
             error = ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
-            assert error < tolerance, f"{name}: {error:.2e}"
+            assert error < limit, f"{name}: {error:.2e}"
 
 
 @pytest.fixture(autouse=True)
@@ -125,23 +123,24 @@ def test_grids_of_several_waves(shape):
 @gpu
 @needs_gpu
 @needs_gluon
-@pytest.mark.parametrize("seed", range(200))
-def test_random_shapes(seed):
+@pytest.mark.parametrize("seed", range(24))
+def test_random_cases(seed):
+    """Many shapes for each set of kernels: B and T do not compile anew."""
     draw = random.Random(seed)
     static = draw.random() < 0.7
     mixed = draw.random() < 0.3
-    Case(
-        draw.randint(1, 5),
-        draw.choice([1, 2, 3, 4, 7, 63, 64, 65, 128, draw.randint(1, 3000), 16 * draw.randint(1, 200)]),
-        128 * draw.randint(1, 9),
-        rank=draw.choice([1, 2, 3, 8, 14, 15, 15 if static else 16]),
-        static=static,
-        residual=draw.random() < 0.7,
-        positions=draw.random() < 0.4,
-        state=draw.random() < 0.4,
-        parameters=torch.float32 if mixed else torch.bfloat16,
-        seed=seed,
-    ).check(3.5e-3 if mixed else 3e-3)
+    options = {
+        "channels": 128 * draw.randint(1, 9),
+        "rank": draw.choice([1, 2, 3, 8, 14, 15, 15 if static else 16]),
+        "static": static,
+        "residual": draw.random() < 0.7,
+        "positions": draw.random() < 0.4,
+        "state": draw.random() < 0.4,
+        "parameters": torch.float32 if mixed else torch.bfloat16,
+    }
+    for tokens in (1, 2, 3, 4, 7, 63, 64, 65, 128, 1024, *(draw.randint(1, 3000) for _ in range(15))):
+        case = Case(draw.randint(1, 5), tokens, **options, seed=tokens)
+        case.check(3.5e-3 if mixed else 3e-3)
 
 
 @gpu
@@ -162,7 +161,7 @@ def test_the_same_bits_every_time(shape):
 def test_strided_inputs():
     case = Case(2, 300, 384)
     wide = torch.randn(2, 300, 3 * 384 + 45, device="cuda").bfloat16()
-    case.x, case.coefficients = wide[..., 384:768], wide[..., 3 * 384 + 15 : 3 * 384 + 30] * 1.0
+    case.x, case.coefficients = wide[..., 384:768], wide[..., 3 * 384 + 15 : 3 * 384 + 30]
     case.check()
     case.x = wide[..., 1:385]
     case.dy = case.dy.transpose(0, 1).contiguous().transpose(0, 1)
