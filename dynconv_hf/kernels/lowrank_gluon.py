@@ -185,8 +185,7 @@ def backward(
             WARPS=plan.warps,
             STAGES=BACKWARD_STAGES,
             RESIDUAL=residual,
-            # With positions the masks of a tail cost nothing, and without them the compiler spills.
-            TAIL=tokens % (RUNS * plan.run_length) != 0 or positions is not None,
+            TAIL=tokens % (RUNS * plan.run_length) != 0,
             num_warps=plan.warps,
         )
         dz_programs = -(-chunks * pairs * 2 * RUNS // DZ_ROWS)

@@ -155,7 +155,7 @@ def lowrank_backward_kernel(
     )
     dz_element = gl.arange(0, 2 * RUNS * RANKS, gl.SliceLayout(0, dz_sum_layout))
     dz_plane = gl.program_id(0).to(gl.int64) * gl.num_programs(1) * gl.num_programs(2)
-    dz_destination = dz_partial_ptr + (dz_plane + chunk) * (RUNS * RANKS) * L + (dz_element - 2 * RUNS * RANKS)
+    dz_destination = dz_partial_ptr + (dz_plane + chunk) * (RUNS * RANKS) * L + dz_element
 
     run = run_starts(L, WARPS)
     channels = lane_channels(WARPS)
@@ -168,10 +168,6 @@ def lowrank_backward_kernel(
     dx_1 = dx_3
     for pair in range(pairs):
         async_copy.wait_group(STAGES - 2)
-        # One pair late: the barrier after the wait makes the other warps' shares visible, no other is needed.
-        dz_pair = gl.sum(dz_shared.load(dz_sum_layout), axis=0)
-        gl.store(dz_destination, dz_pair.to(dz_partial_ptr.dtype.element_ty), mask=pair + dz_element * 0 > 0)
-        dz_destination += 2 * RUNS * RANKS
         x_0, x_next = tokens_of_pair(x_ring.index(pair % STAGES), WARPS)
         dy_0, dy_next = tokens_of_pair(dy_ring.index(pair % STAGES), WARPS)
         # The copies past the end are masked, not skipped: the count of groups in flight stays the same.
@@ -237,12 +233,12 @@ def lowrank_backward_kernel(
         du = mma_v2(z_operand, g_operand, du)
 
         dz_shared.store(dz.reshape([WARPS, 2 * RUNS * RANKS]))
+        dz_pair = gl.sum(dz_shared.load(dz_sum_layout), axis=0)
+        gl.store(dz_destination, dz_pair.to(dz_partial_ptr.dtype.element_ty))
+        dz_destination += 2 * RUNS * RANKS
         x_3 = x_1
         x_2 = x_0
         x_1 = x_next
-
-    dz_pair = gl.sum(dz_shared.load(dz_sum_layout), axis=0)
-    gl.store(dz_destination, dz_pair.to(dz_partial_ptr.dtype.element_ty))
 
     # Three more tokens complete dx of each run's last three.
     after = dy_ptr + offset

@@ -5,7 +5,7 @@ import triton.language as tl
 
 __all__ = ["DU_AHEAD", "DU_ELEMENTS", "DZ_ROWS", "lowrank_reduction_kernel", "lowrank_state_gradient_kernel"]
 
-DZ_ROWS = 32
+DZ_ROWS = 64
 DU_ELEMENTS = 512
 DU_AHEAD = 16
 

@@ -85,8 +85,8 @@ class Case:
                 assert a is None, name
                 continue
             assert a.shape == b.shape and a.dtype == source.dtype, name
-            # A few numbers' rounding errors do not average out.
-            limit = tolerance * (1 + 2 / b.numel() ** 0.5)
+            # Of a few numbers, each a sum of many terms, all may happen to be near zero.
+            limit = tolerance if b.numel() >= 512 else 0.1
             error = ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
             assert error < limit, f"{name}: {error:.2e}"
 
