@@ -1,4 +1,4 @@
-"""The Gluon path of the low-rank convolution: against the reference in float64 on a GPU, its gates without one."""
+"""The Gluon path of the low-rank convolution on a GPU, against the reference in float64."""
 
 import random
 
