@@ -1,8 +1,8 @@
 """The fast path of the low-rank convolution for NVIDIA GPUs of compute capability 8.0 and later, in Gluon.
 
 `covers` says whether it serves a call, in words where it does not; `forward` and `backward` trust that it does.
-Configurations follow from shapes and the device by rule: nothing is tried out at run time, and a kernel compiled
-once for a model serves all B and T.
+Configurations follow from shapes and the device by rule: nothing is tried out at run time. A compiled kernel
+serves all B and T, but for two switches: whether T is a multiple of the tile, and how long a run of the backward may be.
 """
 
 import functools

@@ -17,9 +17,8 @@ give lane j columns (q, e) -> 8 * q + 2 * j + e with e in {0, 1}; we let that co
 8 * j + 2 * q + e, and each lane then holds 8 neighbouring channels: one 16-byte vector. With that, filters,
 inputs and outputs share the register layout `lane_layout`, and a product's result is used where it lies.
 
-Shape suffixes: G runs of one thread block, P pairs of tokens of one run, C channels of one warp, K ranks (R padded
-to 16; the static filter is rank R, with coefficient 1). The letter `warps` counts the warps of a thread block: each
-owns C = 32 channels.
+In the shapes below G is the runs of one thread block, C = 32 the channels of one warp, K = 16 the ranks: R, then the
+static filter with coefficient 1, then zeros. `warps` counts the warps of a thread block.
 """
 
 from triton.experimental import gluon
@@ -32,7 +31,10 @@ __all__ = [
     "TAPS",
     "WARP_CHANNELS",
     "async_load",
+    "copy_offsets",
+    "copy_rows",
     "filters_of_pair",
+    "lane_channels",
     "lane_layout",
     "load_basis",
     "load_coefficients",
@@ -43,6 +45,7 @@ __all__ = [
     "ring_layout",
     "ring_load_layout",
     "row_layout",
+    "run_starts",
     "stage_coefficients",
     "tokens_of_pair",
     "where_reached",
@@ -208,7 +211,7 @@ def load_basis(basis_ptr, static_ptr, R: gl.constexpr, D: gl.constexpr, warps: g
 def product_columns(basis, warps: gl.constexpr):
     """[16, TAPS, warps * C] split for the columns of products: [16, TAPS, warps, j, q, e], channel = 8 j + 2 q + e.
 
-    Named after the tensor cores' view: lane j of a row's four holds channels 8 j to 8 j + 7.
+    Lane j of a row's four holds channels 8 j to 8 j + 7.
     """
     return basis.reshape([RANKS, TAPS, warps, 4, 4, 2])
 
