@@ -2,7 +2,8 @@
 
 `covers` says whether it serves a call, in words where it does not; `forward` and `backward` trust that it does.
 Configurations follow from shapes and the device by rule: nothing is tried out at run time. A compiled kernel
-serves all B and T, but for two switches: whether T is a multiple of the tile, and how long a run of the backward may be.
+serves all B and T, but for two switches: whether T is a multiple of the tile, and how long a run of the backward
+may be.
 """
 
 import functools
