@@ -229,8 +229,8 @@ def _backward_kernel(
     df_ptr += ((block % PARTS).to(tl.int64) * B * T) * (HEADS * W)
 
     ds_W = ()
-    for w in tl.static_range(W):
-        ds_W = ds_W + (tl.zeros((BT, BH * BP), tl.float32),)
+    for _ in tl.static_range(W):
+        ds_W += (tl.zeros((BT, BH * BP), tl.float32),)
     for tile in range(chunk * tiles_per_chunk, min((chunk + 1) * tiles_per_chunk, B * tiles)):
         b, t = (tile // tiles).to(tl.int64), START + (tile % tiles) * BT
         dy_b_ptr = dy_ptr + b * tl.multiple_of(dy_stride_b, DY_ALIGNMENT)
@@ -263,9 +263,7 @@ def _backward_kernel(
             BH,
             BP,
         )
-        store_rows(
-            dx_ptr + b * T * D, dstate_ptr + b * STATE * D, dx_IJ, t, i_I, d_J, keep_J, T, D, STATE, HAS_STATE
-        )
+        store_rows(dx_ptr + b * T * D, dstate_ptr + b * STATE * D, dx_IJ, t, i_I, d_J, keep_J, T, D, STATE, HAS_STATE)
         dy_IJ = load_rows(dy_b_ptr, dy_stride_t, state_ptr, t, i_I, d_J, keep_J, T, D, STATE, False).to(tl.float32)
         row_I = t + i_I
         df_offset_I = (b * T + row_I) * (HEADS * W)
@@ -279,9 +277,9 @@ def _backward_kernel(
             counts_I = tap_counts(positions_b_ptr, positions_stride_t, row_I, w, T, HAS_POSITIONS)
             g_IJ = tl.where(counts_I[:, None], dy_IJ * x_IJ.to(tl.float32), 0.0)
             if HAS_FILTERS:
-                df_W = df_W + (tl.sum(g_IJ.reshape(BT, BH, BP), axis=2),)
+                df_W += (tl.sum(g_IJ.reshape(BT, BH, BP), axis=2),)
             if HAS_STATIC:
-                new_ds_W = new_ds_W + (ds_W[w] + g_IJ,)
+                new_ds_W += (ds_W[w] + g_IJ,)
         if HAS_STATIC:
             ds_W = new_ds_W
         if HAS_FILTERS:

@@ -220,8 +220,8 @@ def _backward_kernel(
     dz_ptr += (block.to(tl.int64) * B * T) * RANK
 
     du_W = ()
-    for w in tl.static_range(W):
-        du_W = du_W + (tl.zeros((BR, BD), tl.float32),)
+    for _ in tl.static_range(W):
+        du_W += (tl.zeros((BR, BD), tl.float32),)
     for tile in range(chunk * tiles_per_chunk, min((chunk + 1) * tiles_per_chunk, B * tiles)):
         b, t = (tile // tiles).to(tl.int64), START + (tile % tiles) * BT
         dy_b_ptr = dy_ptr + b * tl.multiple_of(dy_stride_b, DY_ALIGNMENT)
@@ -281,7 +281,7 @@ def _backward_kernel(
             g_IJ = tl.where(counts_I[:, None], dy_IJ * x_IJ.to(tl.float32), 0.0).to(DOT)
             u_RJ = _load_basis(u_ptr, s_ptr, r_R, d_J, keep_J, D, w, W, RANK, False).to(DOT)
             dz_IR = tl.dot(g_IJ, tl.trans(u_RJ), dz_IR, input_precision=PRECISION)
-            new_du_W = new_du_W + (tl.dot(tl.trans(z_IR), g_IJ, du_W[w], input_precision=PRECISION),)
+            new_du_W += (tl.dot(tl.trans(z_IR), g_IJ, du_W[w], input_precision=PRECISION),)
         du_W = new_du_W
         row_I = t + i_I
         dz_offset_I = (b * T + row_I) * RANK

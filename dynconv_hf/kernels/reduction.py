@@ -20,9 +20,7 @@ def _sum_partials_kernel(partial_ptr, first_ptr, second_ptr, parts, size, split,
         total_I += tl.load(part_ptr + i_I, mask=i_I < size, other=0.0)
         part_ptr += size
     tl.store(first_ptr + i_I, total_I.to(first_ptr.dtype.element_ty), mask=i_I < split)
-    tl.store(
-        second_ptr + (i_I - split), total_I.to(second_ptr.dtype.element_ty), mask=(i_I >= split) & (i_I < size)
-    )
+    tl.store(second_ptr + (i_I - split), total_I.to(second_ptr.dtype.element_ty), mask=(i_I >= split) & (i_I < size))
 
 
 def sum_partials(partials: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> None:
