@@ -300,11 +300,12 @@ def _backward_kernel(
             tl.store(ds_ptr + w * D + d_J, tl.sum(ds_W[w], axis=0), mask=keep_J)
 
 
-def _block_sizes(head_size: int, channels: int, rows_per_tile: int) -> dict[str, int]:
-    """128 channels: whole heads of a size rounded up to a power of two, or a part of one large head."""
-    width = min(128, triton.next_power_of_2(channels))
+def _block_sizes(head_size: int, channels: int, kernel_size: int) -> dict[str, int]:
+    """Whole heads, their size rounded up to a power of two, or a part of one large head."""
+    # What registers hold without spilling.
+    width = min(128 if kernel_size <= 4 else 64, triton.next_power_of_2(channels))
     part = min(width, triton.next_power_of_2(head_size))
-    return {"BT": rows_per_tile, "BH": width // part, "BP": part}
+    return {"BT": 16, "BH": width // part, "BP": part}
 
 
 def forward(
@@ -323,7 +324,7 @@ def forward(
     heads, kernel_size = _heads_and_kernel_size(filters, static_filter)
     head_size = channels // heads
     x_rows, f_rows, position_rows = rows(x), rows(x if filters is None else filters), flat_rows(positions, x)
-    sizes = _block_sizes(head_size, channels, 32)
+    sizes = _block_sizes(head_size, channels, kernel_size)
     with on_device(x):
         _forward_kernel[(_blocks(heads, head_size, sizes) * triton.cdiv(tokens, sizes["BT"]) * batch,)](
             x_rows.tensor,
@@ -381,7 +382,7 @@ def backward(
     dy_rows, x_rows, position_rows = rows(dy), rows(x), flat_rows(positions, x)
     f_rows = rows(x if filters is None else filters)
     has_state = initial_state is not None and kernel_size > 1
-    sizes = _block_sizes(head_size, channels, 16)
+    sizes = _block_sizes(head_size, channels, kernel_size)
     blocks, parts = _blocks(heads, head_size, sizes), triton.cdiv(head_size, sizes["BP"])
     tiles = batch * triton.cdiv(tokens + (kernel_size - 1 if has_state else 0), sizes["BT"])
     # Fewer chunks: fewer partial sums to write and add. More chunks: every multiprocessor has work.
@@ -427,6 +428,7 @@ def backward(
             HAS_POSITIONS=positions is not None,
             HAS_STATE=has_state,
             **sizes,
+            num_warps=8,
         )
     if dfilters is not None and parts > 1:
         sum_partials(df_partials, dfilters)

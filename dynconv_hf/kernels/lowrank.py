@@ -300,9 +300,9 @@ def _backward_kernel(
         )
 
 
-def _block_sizes(x: torch.Tensor) -> dict[str, int]:
-    # Rounded up from small sizes, so that tiny inputs do not pay for large tiles; 16 is the least a matrix unit takes.
-    return {"BT": 32, "BD": 64 if x.shape[-1] > 32 else 32, "BR": _RANK_BLOCK}
+def _block_sizes(channels: int, kernel_size: int) -> dict[str, int]:
+    # What registers hold without spilling; 16 is the least a matrix unit takes.
+    return {"BT": 16, "BD": 64 if kernel_size <= 4 and channels > 32 else 32, "BR": _RANK_BLOCK}
 
 
 def forward(
@@ -322,7 +322,7 @@ def forward(
     x_rows, z_rows, position_rows = rows(x), rows(coefficients), flat_rows(positions, x)
     basis = basis.contiguous()
     rank, kernel_size, _ = basis.shape
-    sizes = _block_sizes(x)
+    sizes = _block_sizes(channels, kernel_size)
     programs = triton.cdiv(channels, sizes["BD"]) * triton.cdiv(tokens, sizes["BT"]) * batch
     with on_device(x):
         _forward_kernel[(programs,)](
@@ -381,7 +381,7 @@ def backward(
     rank, kernel_size, _ = basis.shape
     ranks = rank + (static_filter is not None)
     has_state = initial_state is not None and kernel_size > 1
-    sizes = _block_sizes(x)
+    sizes = _block_sizes(channels, kernel_size)
     blocks, rank_blocks = triton.cdiv(channels, sizes["BD"]), triton.cdiv(ranks, sizes["BR"])
     tiles = batch * triton.cdiv(tokens + (kernel_size - 1 if has_state else 0), sizes["BT"])
     # Fewer chunks: fewer partial sums to write and add. More chunks: every multiprocessor has work.
@@ -423,6 +423,7 @@ def backward(
             HAS_POSITIONS=positions is not None,
             HAS_STATE=has_state,
             **sizes,
+            num_warps=8,
             **dot_settings(x.dtype),
         )
     sum_partials(dz_partials, dcoefficients)
