@@ -145,9 +145,9 @@ def _forward_kernel(
     head, d_J, keep_J = _channels(block, HEADS, P, BH, BP)
     i_I = tl.arange(0, BT)
     y_IJ = _filtered_sum(
-        x_ptr + b * tl.multiple_of(x_stride_b, X_ALIGNMENT),
+        x_ptr + b * x_stride_b * X_ALIGNMENT,
         x_stride_t,
-        f_ptr + b * tl.multiple_of(f_stride_b, F_ALIGNMENT),
+        f_ptr + b * f_stride_b * F_ALIGNMENT,
         f_stride_t,
         s_ptr,
         positions_ptr + b * positions_stride_b,
@@ -233,13 +233,13 @@ def _backward_kernel(
         ds_W += (tl.zeros((BT, BH * BP), tl.float32),)
     for tile in range(chunk * tiles_per_chunk, min((chunk + 1) * tiles_per_chunk, B * tiles)):
         b, t = (tile // tiles).to(tl.int64), START + (tile % tiles) * BT
-        dy_b_ptr = dy_ptr + b * tl.multiple_of(dy_stride_b, DY_ALIGNMENT)
-        x_b_ptr = x_ptr + b * tl.multiple_of(x_stride_b, X_ALIGNMENT)
+        dy_b_ptr = dy_ptr + b * dy_stride_b * DY_ALIGNMENT
+        x_b_ptr = x_ptr + b * x_stride_b * X_ALIGNMENT
         positions_b_ptr = positions_ptr + b * positions_stride_b
         dx_IJ = _filtered_sum(
             dy_b_ptr,
             dy_stride_t,
-            f_ptr + b * tl.multiple_of(f_stride_b, F_ALIGNMENT),
+            f_ptr + b * f_stride_b * F_ALIGNMENT,
             f_stride_t,
             s_ptr,
             positions_b_ptr,

@@ -13,12 +13,13 @@ __all__ = ["INTERPRETED", "Rows", "dot_settings", "flat_rows", "multiprocessors"
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 # Strides that come from B and T must not be specialised on (each new shape would compile a new kernel), but wide
-# loads need to know that rows start at multiples of 16 elements: the kernels are told so by this constant.
+# loads need to know that rows start at multiples of 16 elements. So kernels take the batch stride as a count of
+# such multiples, and multiply it by this constant.
 _ALIGNMENT = 16
 
 
 class Rows(NamedTuple):
-    """A (B, T, ...) tensor whose trailing dimensions are contiguous, and what a kernel needs to find its rows."""
+    """A (B, T, ...) tensor whose trailing dimensions are contiguous; its batch stride is stride_b * alignment."""
 
     tensor: torch.Tensor
     stride_b: int
@@ -26,8 +27,11 @@ class Rows(NamedTuple):
     alignment: int
 
 
-def rows(tensor: torch.Tensor) -> Rows:
-    """Passes on any batch and token strides; copies a tensor whose trailing dimensions are not contiguous."""
+def rows(tensor: torch.Tensor, wide: bool = True) -> Rows:
+    """Passes on any batch and token strides; copies a tensor whose trailing dimensions are not contiguous.
+
+    wide: the kernel gets the alignment, too; without, stride_b is a count of elements.
+    """
     expected = 1
     for size, stride in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
         if size != 1 and stride != expected:
@@ -36,8 +40,9 @@ def rows(tensor: torch.Tensor) -> Rows:
         expected *= size
     stride_b = 0 if tensor.shape[0] == 1 else tensor.stride(0)
     stride_t = tensor.stride(1)
-    aligned = stride_b % _ALIGNMENT == 0 and stride_t % _ALIGNMENT == 0
-    return Rows(tensor, stride_b, stride_t, _ALIGNMENT if aligned else 1)
+    aligned = wide and stride_b % _ALIGNMENT == 0 and stride_t % _ALIGNMENT == 0
+    alignment = _ALIGNMENT if aligned else 1
+    return Rows(tensor, stride_b // alignment, stride_t, alignment)
 
 
 def flat_rows(positions: torch.Tensor | None, x: torch.Tensor) -> Rows:

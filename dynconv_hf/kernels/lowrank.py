@@ -9,7 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import lowrank_half
 from .launch import dot_settings, flat_rows, multiprocessors, on_device, rows, state_rows
+from .lowrank_tiles import filtered_sum, load_basis, load_coefficients
 from .reduction import sum_partials
 from .tiles import load_rows, store_rows, tap_counts
 
@@ -18,83 +20,6 @@ __all__ = ["backward", "forward"]
 # Ranks that a program holds at once: the depth of one matrix-unit step.
 _RANK_BLOCK = 16
 _SHAPE_ARGUMENTS = ["B", "T", "x_stride_b", "z_stride_b", "dy_stride_b", "positions_stride_b", "tiles_per_chunk"]
-
-
-@triton.jit
-def _load_coefficients(z_ptr, stride_t, t, i_I, r_R, T, RANK: tl.constexpr, HAS_STATIC: tl.constexpr):
-    row_I = t + i_I
-    inside_I = (row_I >= 0) & (row_I < T)
-    z_IR = tl.load(
-        z_ptr + t.to(tl.int64) * stride_t + (i_I[:, None] * stride_t + r_R[None, :]),
-        mask=inside_I[:, None] & (r_R < RANK)[None, :],
-        other=0.0,
-    )
-    if HAS_STATIC:
-        z_IR = tl.where(inside_I[:, None] & (r_R == RANK)[None, :], 1.0, z_IR)
-    return z_IR
-
-
-@triton.jit
-def _load_basis(
-    u_ptr, s_ptr, r_R, d_J, keep_J, D, w: tl.constexpr, W: tl.constexpr, RANK: tl.constexpr, HAS_STATIC: tl.constexpr
-):
-    row_R = r_R.to(tl.int64) * W + w
-    u_RJ = tl.load(
-        u_ptr + row_R[:, None] * D + d_J[None, :], mask=(r_R < RANK)[:, None] & keep_J[None, :], other=0.0
-    ).to(tl.float32)
-    if HAS_STATIC:
-        s_J = tl.load(s_ptr + w * D + d_J, mask=keep_J, other=0.0).to(tl.float32)
-        u_RJ = tl.where((r_R == RANK)[:, None], s_J[None, :], u_RJ)
-    return u_RJ
-
-
-@triton.jit
-def _filtered_sum(
-    x_ptr,
-    x_stride_t,
-    z_ptr,
-    z_stride_t,
-    u_ptr,
-    s_ptr,
-    positions_ptr,
-    positions_stride_t,
-    state_ptr,
-    t,
-    i_I,
-    d_J,
-    keep_J,
-    T,
-    D,
-    RANK: tl.constexpr,
-    W: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    HAS_STATIC: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BR: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(x[t]) + sum_w k[t, w] * x[t - w]; transposed, what x's gradient is: (x[t]) + sum_w k[t + w, w] * x[t + w]."""
-    r_R = tl.arange(0, BR)
-    if RESIDUAL:
-        y_IJ = load_rows(x_ptr, x_stride_t, state_ptr, t, i_I, d_J, keep_J, T, D, W - 1, False).to(tl.float32)
-    else:
-        y_IJ = tl.zeros((i_I.shape[0], d_J.shape[0]), tl.float32)
-    for w in tl.static_range(W):
-        filter_i_I = i_I + w if TRANSPOSED else i_I
-        x_i_I = i_I + w if TRANSPOSED else i_I - w
-        k_IJ = tl.zeros((i_I.shape[0], d_J.shape[0]), tl.float32)
-        for r in range(0, RANK + HAS_STATIC, BR):
-            z_IR = _load_coefficients(z_ptr, z_stride_t, t, filter_i_I, r + r_R, T, RANK, HAS_STATIC)
-            u_RJ = _load_basis(u_ptr, s_ptr, r + r_R, d_J, keep_J, D, w, W, RANK, HAS_STATIC)
-            k_IJ = tl.dot(z_IR.to(DOT), u_RJ.to(DOT), k_IJ, input_precision=PRECISION)
-        x_IJ = load_rows(x_ptr, x_stride_t, state_ptr, t, x_i_I, d_J, keep_J, T, D, W - 1, HAS_STATE)
-        counts_I = tap_counts(positions_ptr, positions_stride_t, t + filter_i_I, w, T, HAS_POSITIONS)
-        # `where`, not a product with the mask: what a token must not see may be inf or nan.
-        y_IJ += tl.where(counts_I[:, None], k_IJ * x_IJ.to(tl.float32), 0.0)
-    return y_IJ
 
 
 @triton.jit(do_not_specialize=_SHAPE_ARGUMENTS)
@@ -134,8 +59,8 @@ def _forward_kernel(
     keep_J = d_J < D
     i_I = tl.arange(0, BT)
     state_ptr += b * (W - 1) * D
-    y_IJ = _filtered_sum(
-        x_ptr + b * tl.multiple_of(x_stride_b, X_ALIGNMENT),
+    y_IJ = filtered_sum(
+        x_ptr + b * x_stride_b * X_ALIGNMENT,
         x_stride_t,
         z_ptr + b * z_stride_b,
         z_stride_t,
@@ -224,12 +149,12 @@ def _backward_kernel(
         du_W += (tl.zeros((BR, BD), tl.float32),)
     for tile in range(chunk * tiles_per_chunk, min((chunk + 1) * tiles_per_chunk, B * tiles)):
         b, t = (tile // tiles).to(tl.int64), START + (tile % tiles) * BT
-        dy_b_ptr = dy_ptr + b * tl.multiple_of(dy_stride_b, DY_ALIGNMENT)
-        x_b_ptr = x_ptr + b * tl.multiple_of(x_stride_b, X_ALIGNMENT)
+        dy_b_ptr = dy_ptr + b * dy_stride_b * DY_ALIGNMENT
+        x_b_ptr = x_ptr + b * x_stride_b * X_ALIGNMENT
         z_b_ptr = z_ptr + b * z_stride_b
         positions_b_ptr = positions_ptr + b * positions_stride_b
         if rank_block == 0:
-            dx_IJ = _filtered_sum(
+            dx_IJ = filtered_sum(
                 dy_b_ptr,
                 dy_stride_t,
                 z_b_ptr,
@@ -270,7 +195,7 @@ def _backward_kernel(
                 HAS_STATE,
             )
         dy_IJ = load_rows(dy_b_ptr, dy_stride_t, state_ptr, t, i_I, d_J, keep_J, T, D, STATE, False).to(tl.float32)
-        z_IR = _load_coefficients(z_b_ptr, z_stride_t, t, i_I, r_R, T, RANK, HAS_STATIC).to(DOT)
+        z_IR = load_coefficients(z_b_ptr, z_stride_t, t, i_I, r_R, T, RANK, HAS_STATIC).to(DOT)
         dz_IR = tl.zeros((BT, BR), tl.float32)
         new_du_W = ()
         for w in tl.static_range(W):
@@ -279,7 +204,7 @@ def _backward_kernel(
             )
             counts_I = tap_counts(positions_b_ptr, positions_stride_t, t + i_I, w, T, HAS_POSITIONS)
             g_IJ = tl.where(counts_I[:, None], dy_IJ * x_IJ.to(tl.float32), 0.0).to(DOT)
-            u_RJ = _load_basis(u_ptr, s_ptr, r_R, d_J, keep_J, D, w, W, RANK, False).to(DOT)
+            u_RJ = load_basis(u_ptr, s_ptr, r_R, d_J, keep_J, D, w, W, RANK, False).to(DOT)
             dz_IR = tl.dot(g_IJ, tl.trans(u_RJ), dz_IR, input_precision=PRECISION)
             new_du_W += (tl.dot(tl.trans(z_IR), g_IJ, du_W[w], input_precision=PRECISION),)
         du_W = new_du_W
@@ -300,9 +225,10 @@ def _backward_kernel(
         )
 
 
-def _block_sizes(channels: int, kernel_size: int) -> dict[str, int]:
+def _block_sizes(x: torch.Tensor, kernel_size: int) -> dict[str, int]:
     # What registers hold without spilling; 16 is the least a matrix unit takes.
-    return {"BT": 16, "BD": 64 if kernel_size <= 4 and channels > 32 else 32, "BR": _RANK_BLOCK}
+    narrow = (kernel_size > 4) + (x.dtype == torch.float32)
+    return {"BT": 16, "BD": max(16, min(64 >> narrow, triton.next_power_of_2(x.shape[-1]))), "BR": _RANK_BLOCK}
 
 
 def forward(
@@ -316,13 +242,15 @@ def forward(
 ) -> torch.Tensor:
     """y (B, T, D), contiguous, in x's dtype; see `api` for the arguments."""
     batch, tokens, channels = x.shape
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if lowrank_half.covers_forward(x, coefficients.shape[-1], static_filter is not None):
+        return lowrank_half.forward(x, coefficients, basis, static_filter, residual, positions, initial_state)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    x_rows, z_rows, position_rows = rows(x), rows(coefficients), flat_rows(positions, x)
+    x_rows, z_rows, position_rows = rows(x), rows(coefficients, wide=False), flat_rows(positions, x)
     basis = basis.contiguous()
     rank, kernel_size, _ = basis.shape
-    sizes = _block_sizes(channels, kernel_size)
+    sizes = _block_sizes(x, kernel_size)
     programs = triton.cdiv(channels, sizes["BD"]) * triton.cdiv(tokens, sizes["BT"]) * batch
     with on_device(x):
         _forward_kernel[(programs,)](
@@ -376,12 +304,12 @@ def backward(
                 gradient.zero_()
         return gradients
     batch, tokens, channels = x.shape
-    dy_rows, x_rows, z_rows, position_rows = rows(dy), rows(x), rows(coefficients), flat_rows(positions, x)
+    dy_rows, x_rows, z_rows, position_rows = rows(dy), rows(x), rows(coefficients, wide=False), flat_rows(positions, x)
     basis = basis.contiguous()
     rank, kernel_size, _ = basis.shape
     ranks = rank + (static_filter is not None)
     has_state = initial_state is not None and kernel_size > 1
-    sizes = _block_sizes(channels, kernel_size)
+    sizes = _block_sizes(x, kernel_size)
     blocks, rank_blocks = triton.cdiv(channels, sizes["BD"]), triton.cdiv(ranks, sizes["BR"])
     tiles = batch * triton.cdiv(tokens + (kernel_size - 1 if has_state else 0), sizes["BT"])
     # Fewer chunks: fewer partial sums to write and add. More chunks: every multiprocessor has work.

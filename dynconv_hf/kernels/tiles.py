@@ -40,7 +40,7 @@ def load_rows(
 
 
 @triton.jit
-def tap_counts(positions_ptr, stride_t, row_I, w: tl.constexpr, T, HAS_POSITIONS: tl.constexpr):
+def tap_counts(positions_ptr, stride_t, row_I, w, T, HAS_POSITIONS: tl.constexpr):
     """Where tap w of the token at row_I counts: inside the sequence and, by its position, inside its document."""
     counts_I = (row_I >= 0) & (row_I < T)
     if HAS_POSITIONS:

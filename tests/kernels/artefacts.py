@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from dynconv_hf.kernels import direct, launch, lowrank, reduction
+from dynconv_hf.kernels import direct, launch, lowrank, lowrank_half, reduction
 
 MULTIPROCESSORS = 132
 TYPES = {
@@ -29,7 +29,7 @@ TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
 }
-OPTIONS = ("num_warps", "num_stages", "num_ctas")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
 class Recorder:
@@ -45,7 +45,7 @@ class Recorder:
 def record(launcher: Callable, *args: Any) -> list:
     """The kernels a host function launches, as (kernel, args, kwargs); nothing runs."""
     launches: list = []
-    modules = [direct, lowrank, reduction, *(sys.modules[n] for n in list(sys.modules) if n.endswith("lowrank_half"))]
+    modules = (direct, lowrank, lowrank_half, reduction)
     kernels = {
         (module, name): kernel
         for module in modules
@@ -146,7 +146,7 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
 
 def report(wanted: str = "") -> Iterator[dict]:
     """One row for each kernel of each case whose name holds `wanted`."""
-    for module in (direct, lowrank):
+    for module in (direct, lowrank, lowrank_half):
         module.multiprocessors = lambda device: MULTIPROCESSORS
     for case, launcher, args in cases():
         if wanted in case:
