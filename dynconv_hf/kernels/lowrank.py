@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import lowrank_half
+from . import lowrank_half, lowrank_half_backward
 from .launch import dot_settings, flat_rows, multiprocessors, on_device, rows, state_rows
 from .lowrank_tiles import filtered_sum, load_basis, load_coefficients
 from .reduction import sum_partials
@@ -302,6 +302,9 @@ def backward(
         for gradient in gradients:
             if gradient is not None:
                 gradient.zero_()
+        return gradients
+    if lowrank_half_backward.covers(x, coefficients, basis, static_filter, initial_state):
+        lowrank_half_backward.backward(dy, x, coefficients, basis, static_filter, residual, positions, gradients[:4])
         return gradients
     batch, tokens, channels = x.shape
     dy_rows, x_rows, z_rows, position_rows = rows(dy), rows(x), rows(coefficients, wide=False), flat_rows(positions, x)

@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from dynconv_hf.kernels import direct, launch, lowrank, lowrank_half, reduction
+from dynconv_hf.kernels import direct, launch, lowrank, lowrank_half, lowrank_half_backward, reduction
 
 MULTIPROCESSORS = 132
 TYPES = {
@@ -45,7 +45,7 @@ class Recorder:
 def record(launcher: Callable, *args: Any) -> list:
     """The kernels a host function launches, as (kernel, args, kwargs); nothing runs."""
     launches: list = []
-    modules = (direct, lowrank, lowrank_half, reduction)
+    modules = (direct, lowrank, lowrank_half, lowrank_half_backward, reduction)
     kernels = {
         (module, name): kernel
         for module in modules
@@ -144,11 +144,20 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
             yield f"static {name} backward", direct.backward, (x, x, None, *common)
 
 
+def packed_case() -> tuple[str, Callable, tuple]:
+    """Training on packed documents: positions, no state."""
+    bf16 = torch.bfloat16
+    x, z = _tensor(4, 4096, 2048, dtype=bf16), _tensor(4, 4096, 15, dtype=bf16)
+    u, s = _tensor(15, 4, 2048, dtype=bf16), _tensor(4, 2048, dtype=bf16)
+    positions = _tensor(4, 4096, dtype=torch.int64)
+    return "lowrank R15 bf16/bf16 W4 static packed backward", lowrank.backward, (x, x, z, u, s, True, positions, None)
+
+
 def report(wanted: str = "") -> Iterator[dict]:
     """One row for each kernel of each case whose name holds `wanted`."""
-    for module in (direct, lowrank, lowrank_half):
+    for module in (direct, lowrank, lowrank_half, lowrank_half_backward):
         module.multiprocessors = lambda device: MULTIPROCESSORS
-    for case, launcher, args in cases():
+    for case, launcher, args in (*cases(), packed_case()):
         if wanted in case:
             for kernel, kernel_args, kwargs in record(launcher, *args):
                 row = resources(compile_sm90(kernel, kernel_args, kwargs))
