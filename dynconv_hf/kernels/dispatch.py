@@ -30,7 +30,6 @@ def describe_implementation(
     basis: torch.Tensor | None = None,
     *,
     static_filter: torch.Tensor | None = None,
-    residual: bool = True,
     positions: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     impl: Implementation = "auto",
@@ -51,11 +50,9 @@ def describe_implementation(
         return choice
     if coefficients is None or basis is None:
         return Choice("triton: direct", choice.reason)
-    kernels, why_not_faster = ops.lowrank_kernels(
-        x, coefficients, basis, static_filter, residual, positions, initial_state
-    )
+    kernels, why_not_faster = ops.lowrank_kernels(x, coefficients, basis, static_filter, positions, initial_state)
     reasons = "; ".join(filter(None, (choice.reason, why_not_faster)))
-    return Choice(f"triton: {kernels.__name__.rpartition('.')[2]}", reasons)
+    return Choice(f"triton: {kernels.name}", reasons)
 
 
 def select_implementation(x: torch.Tensor, impl: str) -> Choice:

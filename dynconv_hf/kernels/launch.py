@@ -1,16 +1,16 @@
 """What launching the Triton kernels shares: strides a kernel may rely on, sizes by rule, the device to launch on."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 __all__ = ["INTERPRETED", "Rows", "dot_settings", "flat_rows", "multiprocessors", "on_device", "rows", "state_rows"]
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Strides that come from B and T must not be specialised on (each new shape would compile a new kernel), but wide
 # loads need to know that rows start at multiples of 16 elements. So kernels take the batch stride as a count of

@@ -7,16 +7,20 @@ A module of kernels gives `forward(x, *filters, residual, positions, initial_sta
 that does not serve every input also gives `covers(x, <the same>) -> str | None`: None, or what it does not serve.
 """
 
-from collections.abc import Sequence
-from importlib import import_module
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["headwise", "lowrank", "lowrank_kernels", "static"]
+__all__ = ["Kernels", "headwise", "lowrank", "lowrank_kernels", "static"]
 
-# Fastest first; the last serves every input.
-_LOWRANK_KERNELS = ("lowrank",)
+
+class Kernels(NamedTuple):
+    """A set of kernels: the name of its module, and what launches them."""
+
+    name: str
+    forward: Callable[..., torch.Tensor]
+    backward: Callable[..., tuple[torch.Tensor | None, ...]]
 
 
 def lowrank_kernels(
@@ -24,23 +28,24 @@ def lowrank_kernels(
     coefficients: torch.Tensor,
     basis: torch.Tensor,
     static_filter: torch.Tensor | None,
-    residual: bool,
     positions: torch.Tensor | None,
     initial_state: torch.Tensor | None,
-) -> tuple[ModuleType, str]:
-    """The kernels that run for these inputs, and why not faster ones."""
-    reasons = []
-    for name in _LOWRANK_KERNELS[:-1]:
-        kernels = _kernels(name)
-        reason = kernels.covers(x, coefficients, basis, static_filter, residual, positions, initial_state)
-        if reason is None:
-            return kernels, "; ".join(reasons)
-        reasons.append(f"not {name}: {reason}")
-    return _kernels(_LOWRANK_KERNELS[-1]), "; ".join(reasons)
+) -> tuple[Kernels, str]:
+    """The fastest kernels that serve these inputs, and why not faster ones."""
+    from .lowrank_gluon import backward, covers, forward
+
+    reason = covers(x, coefficients, basis, static_filter, positions, initial_state)
+    if reason is None:
+        return Kernels("lowrank_gluon", forward, backward), ""
+    from .lowrank import backward, forward
+
+    return Kernels("lowrank", forward, backward), f"not lowrank_gluon: {reason}"
 
 
-def _kernels(name: str) -> ModuleType:
-    return import_module(f".{name}", __package__)
+def _direct_kernels() -> Kernels:
+    from .direct import backward, forward
+
+    return Kernels("direct", forward, backward)
 
 
 def _empty_for_none(gradients: Sequence[torch.Tensor | None], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -74,8 +79,8 @@ def lowrank(
     positions: torch.Tensor | None,
     initial_state: torch.Tensor | None,
 ) -> torch.Tensor:
-    inputs = (x, coefficients, basis, static_filter, residual, positions, initial_state)
-    return lowrank_kernels(*inputs)[0].forward(*inputs)
+    kernels, _ = lowrank_kernels(x, coefficients, basis, static_filter, positions, initial_state)
+    return kernels.forward(x, coefficients, basis, static_filter, residual, positions, initial_state)
 
 
 @torch.library.custom_op("dynconv_hf::lowrank_backward", mutates_args=())
@@ -89,8 +94,9 @@ def lowrank_backward(
     positions: torch.Tensor | None,
     initial_state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = (x, coefficients, basis, static_filter, residual, positions, initial_state)
-    return _empty_for_none(lowrank_kernels(*inputs)[0].backward(dy, *inputs), x)
+    kernels, _ = lowrank_kernels(x, coefficients, basis, static_filter, positions, initial_state)
+    gradients = kernels.backward(dy, x, coefficients, basis, static_filter, residual, positions, initial_state)
+    return _empty_for_none(gradients, x)
 
 
 @lowrank.register_fake
@@ -126,7 +132,7 @@ def headwise(
     positions: torch.Tensor | None,
     initial_state: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _kernels("direct").forward(x, filters, static_filter, residual, positions, initial_state)
+    return _direct_kernels().forward(x, filters, static_filter, residual, positions, initial_state)
 
 
 @torch.library.custom_op("dynconv_hf::headwise_backward", mutates_args=())
@@ -140,7 +146,7 @@ def headwise_backward(
     initial_state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = (x, filters, static_filter, residual, positions, initial_state)
-    return _empty_for_none(_kernels("direct").backward(dy, *inputs), x)
+    return _empty_for_none(_direct_kernels().backward(dy, *inputs), x)
 
 
 @headwise.register_fake
@@ -175,7 +181,7 @@ def static(
     positions: torch.Tensor | None,
     initial_state: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _kernels("direct").forward(x, None, static_filter, residual, positions, initial_state)
+    return _direct_kernels().forward(x, None, static_filter, residual, positions, initial_state)
 
 
 @torch.library.custom_op("dynconv_hf::static_backward", mutates_args=())
@@ -187,9 +193,7 @@ def static_backward(
     positions: torch.Tensor | None,
     initial_state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx, _, dstatic, dstate = _kernels("direct").backward(
-        dy, x, None, static_filter, residual, positions, initial_state
-    )
+    dx, _, dstatic, dstate = _direct_kernels().backward(dy, x, None, static_filter, residual, positions, initial_state)
     return _empty_for_none((dx, dstatic, dstate), x)
 
 

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from cases import TOLERANCE, Case, errors, run, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynconv_hf.kernels import lowrank_dynamic_conv1d
+
+from .cases import TOLERANCE, Case, errors, run, tolerance
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, operation, run
 from torch.utils.checkpoint import checkpoint
 
 from dynconv_hf.kernels import lowrank_dynamic_conv1d, ops
+
+from .cases import Case, operation, run
 
 MODES = ["lowrank", "headwise", "static"]
 
