@@ -75,7 +75,8 @@ def headwise_dynamic_conv1d(
     _check_floating("filters", filters)
     if filters.ndim != 4 or filters.shape[:2] != x.shape[:2]:
         raise ValueError(
-            f"filters must have shape (B, T, H, W) with B, T = {tuple(x.shape[:2])} as in x, got {tuple(filters.shape)}"
+            f"filters must have shape (B, T, H, W) with B, T = {tuple(x.shape[:2])} as in x, "
+            f"got {tuple(filters.shape)}"
         )
     heads, kernel_size = filters.shape[2:]
     _check_kernel_size(kernel_size, "filters", filters)

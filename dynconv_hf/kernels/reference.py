@@ -91,7 +91,7 @@ def _convolve(
     positions_BT: torch.Tensor | None,
     initial_state_BSD: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum over taps; `tap(w)` is the filter of tap w, broadcastable to (B, T, D). Returns y and the final state."""
+    """The sum over taps; `tap(w)` is the filter of tap w, broadcastable to (B, T, D). Gives y and the final state."""
     tokens = x_BTD.shape[1]
     history_BLD = _with_state(x_BTD, initial_state_BSD, kernel_size)
     dtype = _accumulation_dtype(x_BTD)
