@@ -300,12 +300,22 @@ def _backward_kernel(
             tl.store(ds_ptr + w * D + d_J, tl.sum(ds_W[w], axis=0), mask=keep_J)
 
 
-def _block_sizes(head_size: int, channels: int, kernel_size: int) -> dict[str, int]:
+def _block_sizes(head_size: int, channels: int, tokens: int, width: int) -> dict[str, int]:
     """Whole heads, their size rounded up to a power of two, or a part of one large head."""
-    # What registers hold without spilling.
-    width = min(128 if kernel_size <= 4 else 64, triton.next_power_of_2(channels))
+    width = min(width, triton.next_power_of_2(channels))
     part = min(width, triton.next_power_of_2(head_size))
-    return {"BT": 16, "BH": width // part, "BP": part}
+    return {"BT": tokens, "BH": width // part, "BP": part}
+
+
+def _forward_sizes(head_size: int, channels: int, kernel_size: int, has_filters: bool) -> dict[str, int]:
+    """What was fastest on an H100 for W = 4; for larger W, what registers hold without spilling."""
+    if not has_filters:
+        return {**_block_sizes(head_size, channels, 32, 128 if kernel_size <= 4 else 64), "num_warps": 8}
+    return {**_block_sizes(head_size, channels, 8, 256 if kernel_size <= 4 else 128), "num_warps": 4}
+
+
+def _backward_sizes(head_size: int, channels: int, kernel_size: int) -> dict[str, int]:
+    return {**_block_sizes(head_size, channels, 16, 128 if kernel_size <= 4 else 64), "num_warps": 8}
 
 
 def forward(
@@ -324,7 +334,7 @@ def forward(
     heads, kernel_size = _heads_and_kernel_size(filters, static_filter)
     head_size = channels // heads
     x_rows, f_rows, position_rows = rows(x), rows(x if filters is None else filters), flat_rows(positions, x)
-    sizes = _block_sizes(head_size, channels, kernel_size)
+    sizes = _forward_sizes(head_size, channels, kernel_size, filters is not None)
     with on_device(x):
         _forward_kernel[(_blocks(heads, head_size, sizes) * triton.cdiv(tokens, sizes["BT"]) * batch,)](
             x_rows.tensor,
@@ -382,7 +392,7 @@ def backward(
     dy_rows, x_rows, position_rows = rows(dy), rows(x), flat_rows(positions, x)
     f_rows = rows(x if filters is None else filters)
     has_state = initial_state is not None and kernel_size > 1
-    sizes = _block_sizes(head_size, channels, kernel_size)
+    sizes = _backward_sizes(head_size, channels, kernel_size)
     blocks, parts = _blocks(heads, head_size, sizes), triton.cdiv(head_size, sizes["BP"])
     tiles = batch * triton.cdiv(tokens + (kernel_size - 1 if has_state else 0), sizes["BT"])
     # Fewer chunks: fewer partial sums to write and add. More chunks: every multiprocessor has work.
@@ -428,7 +438,6 @@ def backward(
             HAS_POSITIONS=positions is not None,
             HAS_STATE=has_state,
             **sizes,
-            num_warps=8,
         )
     if dfilters is not None and parts > 1:
         sum_partials(df_partials, dfilters)

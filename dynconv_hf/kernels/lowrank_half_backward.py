@@ -68,10 +68,12 @@ def _where_counts(position_G, w: tl.constexpr, term_GVC, HAS_POSITIONS: tl.const
 
 @triton.jit
 def _load_position(positions_ptr, stride_t, t, row_G, T, HAS_POSITIONS: tl.constexpr):
+    position_G = row_G
     if HAS_POSITIONS:
-        row_G = t + row_G
-        return tl.load(positions_ptr + row_G.to(tl.int64) * stride_t, mask=row_G < T, other=-1)
-    return row_G
+        position_G = tl.load(positions_ptr + (t + row_G).to(tl.int64) * stride_t, mask=t + row_G < T, other=-1).to(
+            tl.int32
+        )
+    return position_G
 
 
 @triton.jit
@@ -317,7 +319,8 @@ def backward(
             GROUPS=_GROUPS,
             # The interpreter has no bfloat16 product: it multiplies the bit patterns.
             DOT=tl.float32 if INTERPRETED else tl.bfloat16,
-            STAGES=3,
+            # With positions, a third stage's addresses would spill.
+            STAGES=3 if positions is None else 2,
             num_warps=_GROUPS,
         )
     sum_partials(dz_partials, dcoefficients)

@@ -12,7 +12,18 @@ SCRIPT = Path(__file__).with_name("artefacts.py")
 
 
 # Everything is `python tests/kernels/artefacts.py`; a run of the tests takes what is trained, with and without masks.
-@pytest.mark.parametrize("wanted", ["bf16/bf16 W4 static", "lowrank R15 bf16/fp32", "lowrank R15 fp32/fp32 W4"])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        "bf16/bf16 W4 static forward",
+        "bf16/bf16 W4 static backward",
+        "lowrank R15 bf16/fp32",
+        "lowrank R15 fp32/fp32 W4",
+        pytest.param(
+            "W4 static packed", marks=pytest.mark.xfail(reason="80 bytes with Triton 3.9, none with 3.6", strict=False)
+        ),
+    ],
+)
 def test_nothing_spills(wanted: str) -> None:
     # Compiling needs kernels that are not interpreted: a process of its own.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
