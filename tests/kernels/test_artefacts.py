@@ -19,9 +19,6 @@ SCRIPT = Path(__file__).with_name("artefacts.py")
         "bf16/bf16 W4 static backward",
         "lowrank R15 bf16/fp32",
         "lowrank R15 fp32/fp32 W4",
-        pytest.param(
-            "W4 static packed", marks=pytest.mark.xfail(reason="80 bytes with Triton 3.9, none with 3.6", strict=False)
-        ),
     ],
 )
 def test_nothing_spills(wanted: str) -> None:

@@ -62,9 +62,12 @@ def in_new_process(code: str) -> str:
     ).stdout
 
 
-def test_import_does_not_import_triton() -> None:
-    code = "import sys, dynconv_hf.kernels; print('triton' in sys.modules, 'torch._dynamo' in sys.modules)"
-    assert in_new_process(code).split() == ["False", "False"]
+def test_import_does_not_import_the_kernels() -> None:
+    """transformers may import Triton; we do so only when a kernel runs."""
+    code = "import sys, dynconv_hf.kernels as k; print([m for m in sys.modules if m.startswith(k.__name__)])"
+    modules = in_new_process(code)
+    assert "dynconv_hf.kernels.ops" in modules
+    assert "dynconv_hf.kernels.launch" not in modules and "lowrank" not in modules
 
 
 def test_without_triton() -> None:

@@ -1,7 +1,10 @@
 """What the Gluon path of the low-rank convolution promises without a GPU: what it covers, and no spilled registers."""
 
-import re
+import json
+import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,86 +63,13 @@ def test_the_plan_of_the_usual_shape_is_one_full_wave():
     assert lowrank_gluon.divide_work(4, 4096, 2048, 132, 232448) == (8, 128, 128, 4)
 
 
-def compiled_kernel(kernel, arguments, warps):
-    """The artefact for compute capability 9.0, made without a GPU."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    signature = {name: value if isinstance(value, str) else "constexpr" for name, value in arguments.items()}
-    constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
-    }
-    source = GluonASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    return compiled.asm["cubin"]
-
-
-def resource_usage(cubin, path):
-    import triton
-
-    path.write_bytes(cubin)
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-COMMON = {
-    "x_ptr": "*bf16",
-    "coefficients_ptr": "*bf16",
-    "basis_ptr": "*bf16",
-    "static_ptr": "*bf16",
-    "positions_ptr": None,
-    "state_ptr": None,
-    "T": "i32",
-    "D": 2048,
-    "R": 15,
-    "X_STRIDE": 2048,
-    "Z_STRIDE": 15,
-    "RESIDUAL": True,
-    "TAIL": False,
-}
-FORWARD = {"y_ptr": "*bf16", "L": 16, "WARPS": 4, "STAGES": 6}
-BACKWARD = {
-    "dy_ptr": "*bf16",
-    "dx_ptr": "*bf16",
-    "dz_partial_ptr": "*fp32",
-    "du_partial_ptr": "*fp32",
-    "L": "i32",
-    "MAX_L": 128,
-    "WARPS": 8,
-    "STAGES": 4,
-}
-VARIANTS = {
-    "common": {},
-    "tail": {"TAIL": True},
-    "positions": {"positions_ptr": "*i64"},
-    "all": {"TAIL": True, "positions_ptr": "*i64", "state_ptr": "*bf16"},
-    "float32 parameters": {"basis_ptr": "*fp32", "static_ptr": "*fp32"},
-    "no static filter": {"static_ptr": None, "R": 16, "RESIDUAL": False},
-}
-
-
-def assert_no_spills(kernel, arguments, tmp_path):
-    usage = resource_usage(compiled_kernel(kernel, arguments, arguments["WARPS"]), tmp_path / "kernel.cubin")
-    assert re.search(r"STACK:0 .*LOCAL:0", usage), usage
-
-
-@needs_gluon
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_forward_does_not_spill(variant, tmp_path):
-    assert_no_spills(lowrank_gluon.lowrank_forward_kernel, COMMON | FORWARD | VARIANTS[variant], tmp_path)
-
-
-@needs_gluon
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_backward_does_not_spill(variant, tmp_path):
-    assert_no_spills(lowrank_gluon.lowrank_backward_kernel, COMMON | BACKWARD | VARIANTS[variant], tmp_path)
-
-
-@needs_gluon
-@pytest.mark.parametrize(
-    "shape", [{"WARPS": 4, "D": 384, "X_STRIDE": 384}, {"MAX_L": 256, "D": 8192, "X_STRIDE": 8192}]
-)
-def test_the_backward_of_other_shapes_does_not_spill(shape, tmp_path):
-    assert_no_spills(lowrank_gluon.lowrank_backward_kernel, COMMON | BACKWARD | shape, tmp_path)
+def test_nothing_spills():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.gluon_artefacts"]
+    result = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    spilled = {row["case"]: row["spilled"] for row in map(json.loads, result.stdout.splitlines())}
+    assert len(spilled) == 14
+    assert not any(spilled.values()), spilled
