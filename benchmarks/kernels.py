@@ -20,7 +20,7 @@ import torch
 import triton
 from torch.profiler import ProfilerActivity, profile
 
-from dynconv_hf.kernels import direct, lowrank, reference
+from dynconv_hf.kernels import direct, lowrank, lowrank_gluon, reference
 
 WARM_UP, RUNS = 3, 15
 
@@ -64,7 +64,7 @@ def rows_of(mode: str, head_size: int | None, args: argparse.Namespace, flush: t
         filters = (random(b, t, d // head_size, w, dtype=dtype, scale=0.3),)
     else:
         filters = (None,)
-    kernels = lowrank if mode == "lowrank" else direct
+    implementations = {"lowrank": {"gluon": lowrank_gluon, "triton": lowrank}}.get(mode, {"triton": direct})
     common = (s, True, None, None)
 
     out = torch.empty_like(x)
@@ -85,10 +85,10 @@ def rows_of(mode: str, head_size: int | None, args: argparse.Namespace, flush: t
         return formula(mode, leaves[0], tuple(leaves[1:-1]), leaves[-1])
 
     compiled = torch.compile(eager, fullgraph=True)
-    times: dict[tuple[str, str], Callable[[], object]] = {
-        ("triton", "forward"): partial(kernels.forward, x, *filters, *common),
-        ("triton", "backward"): partial(kernels.backward, dy, x, *filters, *common),
-    }
+    times: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, kernels in implementations.items():
+        times[name, "forward"] = partial(kernels.forward, x, *filters, *common)
+        times[name, "backward"] = partial(kernels.backward, dy, x, *filters, *common)
     for name, fn in () if args.ours_only else (("eager", eager), ("compile", compiled)):
         times[name, "forward"] = fn
         y = fn()

@@ -1,6 +1,7 @@
 """Plots what benchmarks/kernels.py measured: python benchmarks/plot.py kernels.json [kernels.png]"""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -22,7 +23,10 @@ def main() -> None:
         for i, name in enumerate(names):
             ratios = {(r["mode"], r["head_size"]): r["ratio"] for r in rows if r["implementation"] == name}
             bars = axis.bar(
-                [g + i * width for g in range(len(groups))], [ratios[g] for g in groups], width, label=name
+                [g + i * width for g in range(len(groups))],
+                [ratios.get(g, math.nan) for g in groups],
+                width,
+                label=name,
             )
             axis.bar_label(bars, fmt="%.2f", fontsize=7)
         labels = [mode if size is None else f"{mode}\n{size} channels" for mode, size in groups]
