@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 import triton
 from torch.profiler import ProfilerActivity, profile
 
@@ -84,6 +85,8 @@ def rows_of(mode: str, head_size: int | None, args: argparse.Namespace, flush: t
     def eager() -> torch.Tensor:
         return formula(mode, leaves[0], tuple(leaves[1:-1]), leaves[-1])
 
+    # The backward of one forward pass is run again and again.
+    torch._functorch.config.donated_buffer = False
     compiled = torch.compile(eager, fullgraph=True)
     times: dict[tuple[str, str], Callable[[], object]] = {}
     for name, kernels in implementations.items():
