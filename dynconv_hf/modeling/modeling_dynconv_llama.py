@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tokens, D channels, W kernel size.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from ..model_card import keep_users_card, prepare_card_for_push, write_model_card
 from .configuration_dynconv_llama import DynConvLlamaConfig
 from .dynamic_conv import DynamicShortConv
 from .parallel_styles import register_parallel_styles
@@ -204,6 +206,31 @@ class DynConvLlamaPreTrainedModel(LlamaPreTrainedModel):
                 f"{missing[0]} the first of them. {_use_retrofit(name)}"
             )
         return (model, info) if wants_loading_info else model
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers, with the code of the model and a model card; a README.md that you wrote stays.
+
+        Raises:
+            ValueError: a file in the way of the code is somebody else's; no weights are written then.
+        """
+        if not self._writes_card(is_main_process):
+            return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        with keep_users_card(save_directory):
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if os.path.isdir(save_directory):
+            write_model_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # Every way to the Hub passes here, with transformers' own card on top of ours.
+        if self._writes_card(is_main_process=True):
+            prepare_card_for_push(self, working_dir, repo_id, kwargs.get("token"))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def _writes_card(self, is_main_process: bool) -> bool:
+        adapters_only = getattr(self, "_hf_peft_config_loaded", False)
+        return not adapters_only and self.should_save_on_this_rank(is_main_process)
 
 
 class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
