@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig
+from transformers import AutoModel, LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -332,13 +332,26 @@ class DynConvLlamaForCausalLM(DynConvLlamaPreTrainedModel, LlamaForCausalLM):
         return super().init_continuous_batching(*args, **kwargs)
 
 
-class DynConvLlamaForSequenceClassification(GenericForSequenceClassification, DynConvLlamaPreTrainedModel): ...
+class _BaseModelOfHead:
+    """transformers' heads make their base model with AutoModel, which does not know code loaded from a checkpoint."""
+
+    def __init__(self, config: DynConvLlamaConfig) -> None:
+        if type(config) not in AutoModel._model_mapping:
+            AutoModel.register(type(config), DynConvLlamaModel)
+        super().__init__(config)
 
 
-class DynConvLlamaForTokenClassification(GenericForTokenClassification, DynConvLlamaPreTrainedModel): ...
+class DynConvLlamaForSequenceClassification(
+    _BaseModelOfHead, GenericForSequenceClassification, DynConvLlamaPreTrainedModel
+): ...
 
 
-class DynConvLlamaForQuestionAnswering(GenericForQuestionAnswering, DynConvLlamaPreTrainedModel): ...
+class DynConvLlamaForTokenClassification(
+    _BaseModelOfHead, GenericForTokenClassification, DynConvLlamaPreTrainedModel
+): ...
+
+
+class DynConvLlamaForQuestionAnswering(_BaseModelOfHead, GenericForQuestionAnswering, DynConvLlamaPreTrainedModel): ...
 
 
 def _use_retrofit(name: str) -> str:
