@@ -58,12 +58,12 @@ def prepare_card_for_push(
 def keep_users_card(folder: str | os.PathLike) -> Iterator[None]:
     """What transformers does to `README.md` on its way to the Hub is undone, if somebody wrote that file."""
     path = Path(folder) / CARD_NAME
-    text = path.read_text(encoding="utf-8") if _is_users(path) else None
+    content = path.read_bytes() if _is_users(path) else None
     try:
         yield
     finally:
-        if text is not None and path.read_text(encoding="utf-8") != text:
-            replace_file(path, text)
+        if content is not None and path.read_bytes() != content:
+            replace_file(path, content)
 
 
 def _is_users(path: Path) -> bool:
@@ -117,10 +117,10 @@ def _is_repo_id(name: str) -> bool:
     return bool(name)
 
 
-def _card(model: PreTrainedModel, name: str, old: ModelCard | None, origin: ModelCard | None) -> str:
+def _card(model: PreTrainedModel, name: str, old: ModelCard | None, origin: ModelCard | None) -> bytes:
     data = _metadata(model, name, old, origin)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(model, name, data.base_model)}")
-    return f"---\n{card.data.to_yaml()}\n---\n\n{_MARKER.format(_digest(card))}\n\n{card.text.strip()}\n"
+    return f"---\n{card.data.to_yaml()}\n---\n\n{_MARKER.format(_digest(card))}\n\n{card.text.strip()}\n".encode()
 
 
 def _metadata(model: PreTrainedModel, name: str, old: ModelCard | None, origin: ModelCard | None) -> ModelCardData:

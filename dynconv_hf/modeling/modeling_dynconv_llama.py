@@ -219,7 +219,8 @@ class DynConvLlamaPreTrainedModel(LlamaPreTrainedModel):
             return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         with keep_users_card(save_directory):
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if os.path.isdir(save_directory):
+        # What has been pushed has its card already, under its name on the Hub.
+        if os.path.isdir(save_directory) and not kwargs.get("push_to_hub"):
             write_model_card(self, save_directory)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
