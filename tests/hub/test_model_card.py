@@ -143,7 +143,8 @@ def test_on_the_hub(tmp_path):
             model.push_to_hub(repo, **kwargs)
             return ModelCard.load(repo)
 
-        push(LlamaForCausalLM.from_pretrained({STORIES!r}), "tester/base", "---\\nlicense: other\\nlicense_name: l9\\n---\\n")
+        base = LlamaForCausalLM.from_pretrained({STORIES!r})
+        push(base, "tester/base", "---\\nlicense: other\\nlicense_name: l9\\n---\\n")
         model = retrofit("tester/base")
         card = push(model, "tester/new")
         assert (card.data.license_name, card.data.base_model) == ("l9", "tester/base"), card.data
