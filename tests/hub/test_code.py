@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ import dynconv_hf
 from dynconv_hf import DynConvLlamaConfig, DynConvLlamaForCausalLM, DynConvLlamaModel, hub
 from dynconv_hf.modeling import modeling_dynconv_llama
 
-from ..modeling.models import moved_model, random_ids
+from ..modeling.models import move_convs, moved_model, random_ids
 from ..modeling.test_config import SMALL
 from .processes import run_python
 
+KERNELS = Path(dynconv_hf.__file__).parent / "kernels"
 HEADS = [name for name in hub.AUTO_MAP if name != "AutoConfig"]
 
 
@@ -53,8 +55,7 @@ def test_the_files_are_flat_and_the_same_every_time():
 
 
 def test_all_modules_of_the_operation_are_among_them():
-    folder = Path(dynconv_hf.__file__).parent / "kernels"
-    names = {f"dynconv_kernels_{path.stem}.py" for path in folder.glob("*.py") if path.stem != "__init__"}
+    names = {f"dynconv_kernels_{path.stem}.py" for path in KERNELS.glob("*.py") if path.stem != "__init__"}
     assert names | {"dynconv_kernels.py"} <= hub.code_files().keys()
 
 
@@ -100,6 +101,33 @@ def test_every_head_loads_computes_and_is_saved_again_without_the_package(tmp_pa
         """,
         tmp_path,
         package=False,
+    )
+
+
+@pytest.mark.skipif(
+    find_spec("triton") is None or not (KERNELS / "ops.py").exists(), reason="needs Triton, and kernels for it"
+)
+def test_triton_kernels_run_without_the_package_in_two_copies(model, tmp_path):
+    move_convs(model)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "two")
+    torch.save((random_ids(1, 5), model(random_ids(1, 5)).logits), tmp_path / "expected.pt")
+    run_python(
+        """
+        import sys, torch
+        from transformers import AutoModelForCausalLM
+        ids, expected = torch.load("expected.pt")
+        models = [AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True) for name in ("one", "two")]
+        assert type(models[0]) is not type(models[1])
+        for model in models:
+            torch.testing.assert_close(model(ids).logits, expected)
+            model(ids, labels=ids).loss.backward()
+        assert [name for name in sys.modules if name.endswith(".dynconv_kernels_lowrank")]
+        """,
+        tmp_path,
+        package=False,
+        TRITON_INTERPRET="1",
+        DYNCONV_IMPL="triton",
     )
 
 
