@@ -132,14 +132,14 @@ def test_on_the_hub(tmp_path):
     script = f"""
         import json
         from pathlib import Path
-        from huggingface_hub import ModelCard
+        from huggingface_hub import HfApi, ModelCard
         from transformers import LlamaForCausalLM
         from dynconv_hf import DynConvLlamaForCausalLM, retrofit
 
         def push(model, repo, card=None, **kwargs):
             if card is not None:
                 model.config.push_to_hub(repo)
-                ModelCard(card).push_to_hub(repo)
+                HfApi().upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo)
             model.push_to_hub(repo, **kwargs)
             return ModelCard.load(repo)
 
