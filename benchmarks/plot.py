@@ -34,7 +34,8 @@ def main() -> None:
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_yscale("log")
         axis.set_title(f"{direction}: time / moving the same bytes")
-        axis.legend()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.suptitle(f"{report['gpu']}, torch {report['torch']}, triton {report['triton']}")
     figure.savefig(target, dpi=150)
 
