@@ -1,4 +1,4 @@
-"""Plots what benchmarks/kernels.py measured: python benchmarks/plot.py kernels.json [kernels.png]"""
+"""Plots what benchmarks/kernel_speed.py measured: python benchmarks/plot.py kernels.json [kernels.png]"""
 
 import json
 import math

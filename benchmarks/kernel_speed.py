@@ -1,6 +1,6 @@
 """Device time of the kernels, against memory's own speed and against the formula in PyTorch.
 
-    python benchmarks/kernels.py --out kernels.json    # then: python benchmarks/plot.py kernels.json
+    python benchmarks/kernel_speed.py --out kernels.json    # then: python benchmarks/plot.py kernels.json
 
 Each time is the median of the profiler's device time over runs that find the caches cold. `floor` is the time that
 moving the same bytes takes: copy_ for one read and one write, add for two reads and one write, and for other bytes
