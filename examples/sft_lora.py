@@ -7,8 +7,8 @@
         --learning_rate 3e-3 --conv_learning_rate 1e-2
 
 Every argument of `trl.SFTConfig` works too, and so does `accelerate launch` in place of `python`. `--help` lists them
-all. The output directory then holds the adapter, LoRA and convolutions, which `dynconv_hf.load_lora` puts back onto the
-base. Examples are packed into full rows, in which none sees another.
+all. The output directory then holds the adapter, LoRA and convolutions, which `dynconv_hf.load_lora` puts back onto
+the base. Examples are packed into full rows, in which none sees another.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from continued_pretraining import ConvTrainer, ModelArguments, checkpoint_to_resume, load_model
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -66,7 +67,12 @@ class ConvSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        has_accelerator = torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = has_accelerator and not self.fp16
         super().__post_init__()
+        # Pinning does nothing without an accelerator, but warns about it for every loader.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and has_accelerator
         if self.packing and self.packing_strategy == "wrapped":
             raise ValueError(
                 "--packing_strategy wrapped cuts examples without a mark, so that they would see each other: "
