@@ -1,9 +1,9 @@
 """Fine-tunes a Llama on prompts and completions: LoRA on its linear layers, dynamic short convolutions in full.
 
-    python examples/sft_lora.py \\
+    OMP_NUM_THREADS=1 python examples/sft_lora.py \\
         --model_name_or_path examples/assets/stories260K \\
-        --text_file examples/assets/shakespeare.txt \\
-        --output_dir runs/sft --max_steps 60 --max_length 256 \\
+        --text_file examples/assets/shakespeare.txt --max_examples 1000 \\
+        --output_dir runs/sft --max_steps 60 --max_length 128 --per_device_train_batch_size 4 \\
         --learning_rate 3e-3 --conv_learning_rate 1e-2
 
 Every argument of `trl.SFTConfig` works too, and so does `accelerate launch` in place of `python`. `--help` lists them
