@@ -2,10 +2,12 @@
 #
 # PYTHON   the interpreter that .venv is made with (3.10 or newer), `make test PYTHON=python3.12`
 # VENV     where the environment lives
+# DEMO     arguments for the demo, `make demo DEMO="--steps 400"`
 # PYTEST   arguments for pytest, `make test PYTEST="-k cache -x"`; by default one process for each core
 
 PYTHON ?= python3
 VENV ?= .venv
+DEMO ?=
 PYTEST ?= --numprocesses auto
 VENV_PYTHON := $(VENV)/bin/python
 
@@ -21,7 +23,7 @@ help:
 	@echo "make format  let ruff format the code and fix what it can"
 
 demo: $(VENV)/.installed-demo
-	$(VENV_PYTHON) examples/demo.py
+	$(VENV_PYTHON) examples/demo.py $(DEMO)
 
 test: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m ruff check .

@@ -55,11 +55,10 @@ def test_constraints_pin_every_requirement(python):
         pin = Requirement(line)
         if pin.marker is None or pin.marker.evaluate({**LINUX, "python_full_version": f"{python}.1"}):
             assert pin.name not in pins, f"{pin.name} is pinned twice for Python {python}"
-            (specifier,) = pin.specifier
-            pins[pin.name] = specifier.version
+            pins[pin.name] = [specifier.version for specifier in pin.specifier]
     for requirement in requirements():
         assert requirement.name in pins, f"{requirement.name} has no pin for Python {python}"
-        assert requirement.specifier.contains(pins[requirement.name]), requirement
+        assert all(requirement.specifier.contains(version) for version in pins[requirement.name]), requirement
 
 
 LINUX = {"sys_platform": "linux", "platform_machine": "x86_64"}
