@@ -155,7 +155,7 @@ def _convs_to_train(model: nn.Module) -> list[DynamicShortConv]:
 def _peft_modules(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """The modules that PEFT tunes, and those that it keeps a trained copy of."""
     # Without PEFT there is nothing to find, and importing it takes a while.
-    if "peft" not in sys.modules:
+    if sys.modules.get("peft") is None:
         return [], []
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
