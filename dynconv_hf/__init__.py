@@ -1,5 +1,7 @@
 """Dynamic short convolutions for Hugging Face transformers; importing it registers the models with Auto classes."""
 
+from .conv_adapter import load_conv_adapter, push_conv_adapter, save_conv_adapter
+from .lora import load_lora, lora_config
 from .modeling import (
     DynamicShortConv,
     DynConvLlamaConfig,
@@ -10,6 +12,7 @@ from .modeling import (
     DynConvLlamaModel,
 )
 from .retrofit import retrofit
+from .training import freeze_base, parameter_groups
 
 __version__ = "0.1.0"
 
@@ -21,5 +24,12 @@ __all__ = [
     "DynConvLlamaForTokenClassification",
     "DynConvLlamaModel",
     "DynamicShortConv",
+    "freeze_base",
+    "load_conv_adapter",
+    "load_lora",
+    "lora_config",
+    "parameter_groups",
+    "push_conv_adapter",
     "retrofit",
+    "save_conv_adapter",
 ]

@@ -166,6 +166,8 @@ def _extend_config(base: LlamaConfig, conv_fields: dict[str, Any]) -> DynConvLla
     config = DynConvLlamaConfig.from_dict({**values, **conv_fields})
     config.architectures = [DynConvLlamaForCausalLM.__name__]
     config.name_or_path = base.name_or_path
+    # Adapters note the very commit of their base.
+    config._commit_hash = getattr(base, "_commit_hash", None)
     return config
 
 

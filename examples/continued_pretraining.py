@@ -39,8 +39,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from dynconv_hf import DynConvLlamaConfig, retrofit
-from dynconv_hf.training import parameter_groups
+from dynconv_hf import DynConvLlamaConfig, freeze_base, parameter_groups, retrofit
 
 DEFAULT_BLOCK_SIZE = 1024
 
@@ -117,11 +116,12 @@ class DataArguments:
 
 @dataclass
 class ConvTrainingArguments(TrainingArguments):
-    """TrainingArguments, and a learning rate for the convolutions."""
+    """TrainingArguments, and how the convolutions are trained."""
 
     conv_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the convolutions; if left out, that of the other weights."}
     )
+    freeze_base: bool = field(default=False, metadata={"help": "Train the convolutions only."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,11 +149,12 @@ class ConvTrainer(Trainer):
         return super().create_optimizer(model)
 
 
-def load_model(arguments: ModelArguments) -> PreTrainedModel:
+def load_model(arguments: ModelArguments, **extra_options: Any) -> PreTrainedModel:
     """The model to train: retrofitted, or as its checkpoint has it."""
     name = arguments.model_name_or_path
     options = {"revision": arguments.revision, "attn_implementation": arguments.attn_implementation}
-    options = {key: value for key, value in options.items() if value is not None} | {"dtype": arguments.dtype}
+    options = {key: value for key, value in options.items() if value is not None}
+    options |= {"dtype": arguments.dtype, **extra_options}
     conv_fields = arguments.conv_fields()
     if not arguments.retrofit:
         if conv_fields:
@@ -364,6 +365,8 @@ def main() -> None:
         model = load_model(model_arguments)
         if checkpoint is not None:
             check_same_model(model.config, checkpoint)
+        if training_arguments.freeze_base:
+            freeze_base(model)
         tokenizer = AutoTokenizer.from_pretrained(
             model_arguments.model_name_or_path, revision=model_arguments.revision or "main"
         )

@@ -1,12 +1,13 @@
-"""parameter_groups: every trained parameter once, and what decays."""
+"""What learns and how: every trained parameter in one group, what decays, and a frozen base."""
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from dynconv_hf import DynConvLlamaConfig, DynConvLlamaForCausalLM
-from dynconv_hf.training import parameter_groups
+from dynconv_hf import DynConvLlamaConfig, DynConvLlamaForCausalLM, freeze_base, lora_config, parameter_groups
 
 SIZES = {
     "vocab_size": 32,
@@ -86,3 +87,89 @@ def test_nothing_to_train():
     model = DynConvLlamaForCausalLM(DynConvLlamaConfig(**SIZES)).requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         parameter_groups(model, learning_rate=1.0)
+
+
+def small_model(**kwargs):
+    torch.manual_seed(0)
+    return DynConvLlamaForCausalLM(DynConvLlamaConfig(**SIZES, **kwargs))
+
+
+def trained_names(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("mode", ["lowrank", "headwise", "static"])
+def test_a_frozen_base_leaves_the_convolutions(mode):
+    model = small_model(conv_mode=mode, conv_targets="all-linear")
+    model.model.layers[0].requires_grad_(False)
+    assert freeze_base(model) is model
+    assert trained_names(model) == {name for name, _ in model.named_parameters() if "_conv." in name}
+    assert len(parameter_groups(model, learning_rate=1.0)) == 1
+
+
+def test_only_the_convolutions_of_the_active_adapter_train():
+    model = small_model()
+    model = get_peft_model(model, lora_config(model))
+    model.add_adapter("second", lora_config(model))
+    for adapter in ("default", "second"):
+        model.set_adapter(adapter)
+        freeze_base(model)
+        trained = trained_names(model)
+        assert len(trained) == 2 * 3 * 3
+        assert all(f"_conv.modules_to_save.{adapter}." in name for name in trained)
+
+
+def test_convolutions_that_an_adapter_would_not_save():
+    model = get_peft_model(small_model(), LoraConfig(target_modules="all-linear"))
+    before = trained_names(model)
+    with pytest.raises(ValueError, match="does not save its convolutions"):
+        freeze_base(model)
+    model = small_model()
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", modules_to_save=["q_conv"]))
+    with pytest.raises(ValueError, match="does not save its convolutions"):
+        freeze_base(model)
+    assert before == {name for name in before if "lora_" in name}
+
+
+def test_nothing_to_freeze_a_base_for():
+    with pytest.raises(ValueError, match="this LlamaForCausalLM has no convolution to train"):
+        freeze_base(LlamaForCausalLM(LlamaConfig(**SIZES)))
+
+
+def test_frozen_before_it_is_distributed(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        # It would wait for gradients that never come, and fail at the second step.
+        with pytest.raises(ValueError, match=r"freeze the base before wrapping the model"):
+            freeze_base(DistributedDataParallel(small_model()))
+        model = DistributedDataParallel(freeze_base(small_model()))
+        assert freeze_base(model) is model
+        ids = torch.arange(16)[None]
+        for _ in range(3):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        assert all((parameter.grad is None) != parameter.requires_grad for parameter in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [{}, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_a_trainer_trains_the_convolutions_alone(tmp_path, checkpointing):
+    model = freeze_base(small_model(conv_targets="all-linear", conv_init="identity"))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        gradient_checkpointing=bool(checkpointing),
+        gradient_checkpointing_kwargs=checkpointing or None,
+    )
+    rows = [{"input_ids": torch.arange(16), "labels": torch.arange(16)}] * 8
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+    assert moved == trained_names(model)

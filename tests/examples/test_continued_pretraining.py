@@ -252,3 +252,15 @@ def test_an_optimizer_with_groups_of_its_own_is_refused(tmp_path, tokenizer, blo
     )
     with pytest.raises(ValueError, match="makes its own parameter groups"):
         trainer.create_optimizer()
+
+
+def test_a_frozen_base(tmp_path, text_file, monkeypatch):
+    command = ["example", "--model_name_or_path", CHECKPOINT, "--text_file", text_file, "--block_size", "64"]
+    options = ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--freeze_base", "--disable_tqdm", "true"]
+    monkeypatch.setattr(sys, "argv", [*command, *options, "--per_device_train_batch_size", "2"])
+    example.main()
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(CHECKPOINT).state_dict()
+    assert all(torch.equal(trained[name], tensor) for name, tensor in base.items())
+    moved = [name for name, tensor in trained.items() if name.endswith("basis") and tensor.abs().max() > 0]
+    assert len(moved) == 5 * 3
