@@ -10,6 +10,7 @@ their number at copy_'s speed.
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -135,7 +136,7 @@ def main() -> None:
                 flush=True,
             )
     report = {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,

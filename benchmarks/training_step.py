@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import platform
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -101,7 +102,7 @@ def main() -> None:
         torch.compiler.reset()
         torch.cuda.empty_cache()
     report = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
