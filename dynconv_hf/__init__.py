@@ -10,6 +10,7 @@ from .modeling import (
     DynConvLlamaModel,
 )
 from .retrofit import retrofit
+from .retrofit_checkpoint import retrofit_checkpoint
 
 __version__ = "0.1.0"
 
@@ -22,4 +23,5 @@ __all__ = [
     "DynConvLlamaModel",
     "DynamicShortConv",
     "retrofit",
+    "retrofit_checkpoint",
 ]
