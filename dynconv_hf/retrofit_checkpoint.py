@@ -215,8 +215,8 @@ def _check_not_quantized(config: LlamaConfig, name: str) -> None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     raise ValueError(
-        f"{name!r} is quantised ({getattr(method, 'value', method)}): give the checkpoint it was made from, or load this "
-        f"one with dynconv_hf.retrofit({name!r})"
+        f"{name!r} is quantised ({getattr(method, 'value', method)}): give the checkpoint it was made from, or load "
+        f"this one with dynconv_hf.retrofit({name!r})"
     )
 
 
