@@ -204,9 +204,7 @@ def _check_tensors(model: DynConvLlamaForCausalLM, headers: dict[str, TensorHead
     # Old checkpoints have rotary_emb.inv_freq, which is computed nowadays.
     unknown = sorted(key for key in set(headers) - set(expected) if not key.endswith("rotary_emb.inv_freq"))
     if unknown:
-        logger.warning(
-            f"{name!r} has {len(unknown)} tensors that a Llama has not, {unknown[0]} the first: not indexed"
-        )
+        logger.warning(f"{name!r} has {len(unknown)} tensors that no Llama has, {unknown[0]} the first: left out")
 
 
 def _check_not_quantized(config: LlamaConfig, name: str) -> None:

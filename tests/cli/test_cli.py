@@ -15,24 +15,16 @@ from dynconv_hf import retrofit, retrofit_checkpoint
 
 from ..checkpoint.checkpoints import SMALL, hashes, load_tensors, save_llama
 from ..modeling.models import STORIES
+from .processes import dynconv
 
 COMMANDS = ("retrofit", "inspect", "generate", "doctor")
-
-
-def dynconv(*arguments, cwd=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "dynconv_cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-    )
 
 
 def succeeded(*arguments, **kwargs):
     run = dynconv(*arguments, **kwargs)
     assert run.returncode == 0, run.stderr
-    assert all(len(line) <= 80 for line in run.stdout.splitlines())
+    if "--json" not in arguments:
+        assert all(len(line) <= 80 for line in run.stdout.splitlines())
     return run.stdout
 
 
@@ -65,6 +57,11 @@ def test_usage_errors(arguments):
     assert run.returncode == 2
     assert "Usage:" in run.stderr and "Traceback" not in run.stderr
     assert run.stdout == ""
+
+
+def test_as_a_module():
+    run = subprocess.run([sys.executable, "-m", "dynconv_cli", "inspect", "/nowhere"], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (1, "Error: no such directory: /nowhere\n")
 
 
 def test_from_a_base_to_text(tmp_path):
@@ -113,7 +110,7 @@ def test_errors_of_retrofit(tmp_path):
     for message, *arguments in [
         ("no such directory: ./nowhere", "./nowhere", "new"),
         ("Check your internet connection", "nobody/nothing", "new"),
-        ("supports Llama .* 'qwen2' has model_type 'qwen2'", "./qwen2", "new"),
+        ("supports Llama .* './qwen2' has model_type 'qwen2'", "./qwen2", "new"),
         ("already has dynamic short convolutions", "made", "new"),
         ("destination exists; --overwrite replaces it: .*/made", STORIES, "made"),
         ("converts pickled weights: python -c", "pickled", "new"),
