@@ -1,4 +1,7 @@
-"""Dynamic short convolutions as an operation: meaning in `reference`, validation and dispatch in `api`."""
+"""Dynamic short convolutions as an operation.
+
+Meaning in `reference`, validation in `api`, the choice of implementation in `dispatch`, Triton behind `ops`.
+"""
 
 from .api import (
     MAX_KERNEL_SIZE,
@@ -9,9 +12,12 @@ from .api import (
     static_conv1d,
     static_conv1d_update,
 )
+from .dispatch import Choice, describe_implementation
 
 __all__ = [
     "MAX_KERNEL_SIZE",
+    "Choice",
+    "describe_implementation",
     "headwise_dynamic_conv1d",
     "headwise_dynamic_conv1d_update",
     "lowrank_dynamic_conv1d",

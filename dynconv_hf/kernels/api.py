@@ -16,11 +16,13 @@ Source: Sieberling, Runwal, Panda, Kim, "Dynamic Short Convolutions Improve Tran
 the static relative: Canon layers, Allen-Zhu 2025.
 """
 
-import os
-from typing import Literal, overload
+from typing import overload
 
 import torch
+import torch.nn.functional as F
 
+from . import ops
+from .dispatch import Implementation, select_implementation
 from .reference import headwise_reference, lowrank_reference, static_reference
 
 __all__ = [
@@ -35,7 +37,6 @@ __all__ = [
 
 MAX_KERNEL_SIZE = 8
 
-Implementation = Literal["auto", "triton", "reference"]
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -82,7 +83,9 @@ def headwise_dynamic_conv1d(
     _check_heads(heads, x.shape[-1])
     _check_common(x, kernel_size, static_filter, positions, initial_state)
     _check_device(x, filters=filters, static_filter=static_filter, positions=positions, initial_state=initial_state)
-    _select_implementation(impl)
+    if select_implementation(x, impl).name == "triton":
+        y = ops.headwise(x, filters, static_filter, residual, positions, initial_state)
+        return (y, _final_state(x, initial_state, kernel_size)) if return_final_state else y
     y, final_state = headwise_reference(
         x,
         filters,
@@ -149,7 +152,9 @@ def lowrank_dynamic_conv1d(
         positions=positions,
         initial_state=initial_state,
     )
-    _select_implementation(impl)
+    if select_implementation(x, impl).name == "triton":
+        y = ops.lowrank(x, coefficients, basis, static_filter, residual, positions, initial_state)
+        return (y, _final_state(x, initial_state, kernel_size)) if return_final_state else y
     y, final_state = lowrank_reference(
         x,
         coefficients,
@@ -195,7 +200,9 @@ def static_conv1d(
     _check_kernel_size(kernel_size, "static_filter", static_filter)
     _check_common(x, kernel_size, static_filter, positions, initial_state)
     _check_device(x, static_filter=static_filter, positions=positions, initial_state=initial_state)
-    _select_implementation(impl)
+    if select_implementation(x, impl).name == "triton":
+        y = ops.static(x, static_filter, residual, positions, initial_state)
+        return (y, _final_state(x, initial_state, kernel_size)) if return_final_state else y
     y, final_state = static_reference(
         x, static_filter, residual=residual, positions_BT=positions, initial_state_BSD=initial_state
     )
@@ -321,20 +328,14 @@ def static_conv1d_update(
     return y.squeeze(1)
 
 
-def _select_implementation(impl: str) -> Literal["reference"]:
-    """The implementation that runs: the one place where this is decided."""
-    allowed = ("auto", "triton", "reference")
-    if impl not in allowed:
-        raise ValueError(f"impl must be one of {allowed}, got {impl!r}")
-    if impl == "auto":
-        impl = os.environ.get("DYNCONV_IMPL", "auto")
-        if impl not in allowed:
-            raise ValueError(f"the environment variable DYNCONV_IMPL must be one of {allowed}, got {impl!r}")
-    if impl == "triton":
-        raise ValueError(
-            "impl='triton' is not available: this version has no Triton kernels; use impl='auto' or 'reference'"
-        )
-    return "reference"
+def _final_state(x: torch.Tensor, initial_state: torch.Tensor | None, kernel_size: int) -> torch.Tensor:
+    """The last W - 1 inputs, the state's included where x is shorter: (B, W - 1, D) in x's dtype; a copy."""
+    missing = kernel_size - 1 - x.shape[1]
+    if missing <= 0:
+        return x[:, -missing:].clone()
+    if initial_state is None:
+        return F.pad(x, (0, 0, missing, 0))
+    return torch.cat([initial_state[:, -missing:].to(x.dtype), x], dim=1)
 
 
 @overload

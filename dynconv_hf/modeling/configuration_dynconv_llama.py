@@ -1,8 +1,11 @@
 """Configuration of Llama with dynamic short convolutions."""
 
+import os
 from typing import Any
 
 from transformers import LlamaConfig
+
+from ..hub import AUTO_MAP, code_files, write_code
 
 __all__ = ["CONV_TARGETS", "DynConvLlamaConfig"]
 
@@ -123,6 +126,23 @@ class DynConvLlamaConfig(LlamaConfig):
             "up_proj": (self.hidden_size, self.intermediate_size),
             "down_proj": (self.intermediate_size, self.hidden_size),
         }[target]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and beside config.json the code that `trust_remote_code=True` loads.
+
+        Raises:
+            ValueError: a file in the way of that code is somebody else's; nothing is written then.
+        """
+        if type(self) is DynConvLlamaConfig:
+            # What a user's own model class has registered for itself stays.
+            self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+            write_code(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
+        """Only what is newer is pushed; the code beside the config has just been written, and is to be."""
+        timestamps = super()._get_files_timestamps(working_dir)
+        return {file: timestamp for file, timestamp in timestamps.items() if file not in code_files()}
 
     def _check_conv_fields(self) -> None:
         _check_choice("conv_init", self.conv_init, CONV_INITS)

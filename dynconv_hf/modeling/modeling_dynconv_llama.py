@@ -3,13 +3,14 @@
 Shape suffixes: B batch, T tokens, D channels, W kernel size.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig
+from transformers import AutoModel, LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -31,6 +32,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from ..model_card import keep_users_card, prepare_card_for_push, write_model_card
 from .configuration_dynconv_llama import DynConvLlamaConfig
 from .dynamic_conv import DynamicShortConv
 from .parallel_styles import register_parallel_styles
@@ -205,6 +207,32 @@ class DynConvLlamaPreTrainedModel(LlamaPreTrainedModel):
             )
         return (model, info) if wants_loading_info else model
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers, with the code of the model and a model card; a README.md that you wrote stays.
+
+        Raises:
+            ValueError: a file in the way of the code is somebody else's; no weights are written then.
+        """
+        if not self._writes_card(is_main_process):
+            return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        with keep_users_card(save_directory):
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        # What has been pushed has its card already, under its name on the Hub.
+        if os.path.isdir(save_directory) and not kwargs.get("push_to_hub"):
+            write_model_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # Every way to the Hub passes here, with transformers' own card on top of ours.
+        if self._writes_card(is_main_process=True):
+            prepare_card_for_push(self, working_dir, repo_id, kwargs.get("token"))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def _writes_card(self, is_main_process: bool) -> bool:
+        adapters_only = getattr(self, "_hf_peft_config_loaded", False)
+        return not adapters_only and self.should_save_on_this_rank(is_main_process)
+
 
 class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: DynConvLlamaConfig) -> None:
@@ -305,13 +333,26 @@ class DynConvLlamaForCausalLM(DynConvLlamaPreTrainedModel, LlamaForCausalLM):
         return super().init_continuous_batching(*args, **kwargs)
 
 
-class DynConvLlamaForSequenceClassification(GenericForSequenceClassification, DynConvLlamaPreTrainedModel): ...
+class _BaseModelOfHead:
+    """transformers' heads make their base model with AutoModel, which does not know code loaded from a checkpoint."""
+
+    def __init__(self, config: DynConvLlamaConfig) -> None:
+        if type(config) not in AutoModel._model_mapping:
+            AutoModel.register(type(config), DynConvLlamaModel)
+        super().__init__(config)
 
 
-class DynConvLlamaForTokenClassification(GenericForTokenClassification, DynConvLlamaPreTrainedModel): ...
+class DynConvLlamaForSequenceClassification(
+    _BaseModelOfHead, GenericForSequenceClassification, DynConvLlamaPreTrainedModel
+): ...
 
 
-class DynConvLlamaForQuestionAnswering(GenericForQuestionAnswering, DynConvLlamaPreTrainedModel): ...
+class DynConvLlamaForTokenClassification(
+    _BaseModelOfHead, GenericForTokenClassification, DynConvLlamaPreTrainedModel
+): ...
+
+
+class DynConvLlamaForQuestionAnswering(_BaseModelOfHead, GenericForQuestionAnswering, DynConvLlamaPreTrainedModel): ...
 
 
 def _use_retrofit(name: str) -> str:

@@ -1,0 +1,150 @@
+"""Device time of the kernels, against memory's own speed and against the formula in PyTorch.
+
+    python benchmarks/kernels.py --out kernels.json    # then: python benchmarks/plot.py kernels.json
+
+Each time is the median of the profiler's device time over runs that find the caches cold. `floor` is the time that
+moving the same bytes takes: copy_ for one read and one write, add for two reads and one write, and for other bytes
+their number at copy_'s speed.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch._functorch.config
+import triton
+from torch.profiler import ProfilerActivity, profile
+
+from dynconv_hf.kernels import direct, lowrank, lowrank_gluon, reference
+
+WARM_UP, RUNS = 3, 15
+
+
+def device_time(fn: Callable[[], object], flush: torch.Tensor) -> float:
+    """Microseconds of device time, all kernels of a run together."""
+    for _ in range(WARM_UP):
+        fn()
+    times = []
+    for _ in range(RUNS):
+        flush.zero_()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            fn()
+            torch.cuda.synchronize()
+        times.append(sum(event.self_device_time_total for event in recorded.key_averages()))
+    return statistics.median(times)
+
+
+def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def formula(mode: str, x: torch.Tensor, filters: tuple, static_filter: torch.Tensor) -> torch.Tensor:
+    options = {"residual": True, "positions_BT": None, "initial_state_BSD": None}
+    if mode == "static":
+        return reference.static_reference(x, static_filter, **options)[0]
+    name = {"lowrank": reference.lowrank_reference, "headwise": reference.headwise_reference}[mode]
+    return name(x, *filters, static_filter_WD=static_filter, **options)[0]
+
+
+def rows_of(mode: str, head_size: int | None, args: argparse.Namespace, flush: torch.Tensor) -> list[dict]:
+    """Forward and backward of one mode, by every implementation."""
+    dtype = getattr(torch, args.dtype)
+    b, t, d, w = args.batch, args.tokens, args.channels, args.kernel_size
+    x, dy = random(b, t, d, dtype=dtype), random(b, t, d, dtype=dtype)
+    s = random(w, d, dtype=dtype, scale=0.3)
+    if mode == "lowrank":
+        filters = (random(b, t, args.rank, dtype=dtype, scale=0.3), random(args.rank, w, d, dtype=dtype, scale=0.3))
+    elif mode == "headwise":
+        filters = (random(b, t, d // head_size, w, dtype=dtype, scale=0.3),)
+    else:
+        filters = (None,)
+    implementations = {"lowrank": {"gluon": lowrank_gluon, "triton": lowrank}}.get(mode, {"triton": direct})
+    common = (s, True, None, None)
+
+    out = torch.empty_like(x)
+    copy_us = device_time(lambda: out.copy_(x), flush)
+    add_us = device_time(lambda: torch.add(x, dy, out=out), flush)
+    read = sum(f.numel() for f in filters if f is not None)
+    floors = {"forward": copy_us, "backward": add_us}
+    if mode == "headwise":
+        per_element = copy_us / (2 * x.numel())
+        floors = {
+            "forward": per_element * (2 * x.numel() + read),
+            "backward": per_element * (3 * x.numel() + 2 * read),
+        }
+
+    leaves = [a.detach().requires_grad_() for a in (x, *filters, s) if a is not None]
+
+    def eager() -> torch.Tensor:
+        return formula(mode, leaves[0], tuple(leaves[1:-1]), leaves[-1])
+
+    # The backward of one forward pass is run again and again.
+    torch._functorch.config.donated_buffer = False
+    compiled = torch.compile(eager, fullgraph=True)
+    times: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, kernels in implementations.items():
+        times[name, "forward"] = partial(kernels.forward, x, *filters, *common)
+        times[name, "backward"] = partial(kernels.backward, dy, x, *filters, *common)
+    for name, fn in () if args.ours_only else (("eager", eager), ("compile", compiled)):
+        times[name, "forward"] = fn
+        y = fn()
+        times[name, "backward"] = partial(torch.autograd.grad, y, leaves, dy, retain_graph=True)
+    return [
+        {
+            "mode": mode,
+            "head_size": head_size,
+            "direction": direction,
+            "implementation": name,
+            "us": (us := device_time(fn, flush)),
+            "floor_us": floors[direction],
+            "ratio": us / floors[direction],
+        }
+        for (name, direction), fn in times.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("kernels.json"))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--channels", type=int, default=2048)
+    parser.add_argument("--kernel-size", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=15)
+    parser.add_argument("--head-sizes", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--ours-only", action="store_true", help="leave out the formula, eager and compiled")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    rows = []
+    for mode, head_size in [("lowrank", None), ("static", None), *(("headwise", p) for p in args.head_sizes)]:
+        for row in rows_of(mode, head_size, args, flush):
+            rows.append(row)
+            size = "" if head_size is None else f" P={head_size}"
+            print(
+                f"{mode}{size} {row['direction']} {row['implementation']}: {row['us']:.1f} us, "
+                f"{row['ratio']:.2f} x {row['floor_us']:.1f}",
+                flush=True,
+            )
+    report = {
+        "command": " ".join(sys.argv),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "shape": {k: v for k, v in vars(args).items() if k != "out"},
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

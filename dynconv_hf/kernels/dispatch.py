@@ -1,0 +1,96 @@
+"""Which implementation runs: decided here, and told by `describe_implementation`."""
+
+import os
+from importlib.util import find_spec
+from typing import Literal, NamedTuple
+
+import torch
+
+from . import ops
+
+__all__ = ["Choice", "Implementation", "describe_implementation", "select_implementation"]
+
+Implementation = Literal["auto", "triton", "reference"]
+_ALLOWED = ("auto", "triton", "reference")
+# The first GPUs whose matrix units take bfloat16.
+_LEAST_CAPABILITY = (8, 0)
+_TRITON_INSTALLED = find_spec("triton") is not None
+
+
+class Choice(NamedTuple):
+    """An implementation ("triton" or "reference"; in a description also the module of kernels), and why this one."""
+
+    name: str
+    reason: str
+
+
+def describe_implementation(
+    x: torch.Tensor,
+    coefficients: torch.Tensor | None = None,
+    basis: torch.Tensor | None = None,
+    *,
+    static_filter: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    impl: Implementation = "auto",
+) -> Choice:
+    """Which implementation a call with these arguments runs, and why.
+
+    Give `coefficients` and `basis` to ask about the low-rank operation, which has several sets of kernels; the other
+    operations have one.
+
+    Returns:
+        Choice(name, reason): name is "reference", or "triton" and the module of kernels, such as "triton: lowrank".
+
+    Raises:
+        ValueError: `impl`, or the environment variable DYNCONV_IMPL, asks for what cannot run; as the call would.
+    """
+    choice = select_implementation(x, impl)
+    if choice.name == "reference":
+        return choice
+    if coefficients is None or basis is None:
+        return Choice("triton: direct", choice.reason)
+    kernels, why_not_faster = ops.lowrank_kernels(x, coefficients, basis, static_filter, positions, initial_state)
+    reasons = "; ".join(filter(None, (choice.reason, why_not_faster)))
+    return Choice(f"triton: {kernels.name}", reasons)
+
+
+def select_implementation(x: torch.Tensor, impl: str) -> Choice:
+    """The implementation for inputs like x; the one place where this is decided."""
+    if impl not in _ALLOWED:
+        raise ValueError(f"impl must be one of {_ALLOWED}, got {impl!r}")
+    source = "impl"
+    if impl == "auto":
+        impl, source = os.environ.get("DYNCONV_IMPL", "auto"), "the environment variable DYNCONV_IMPL"
+        if impl not in _ALLOWED:
+            raise ValueError(f"the environment variable DYNCONV_IMPL must be one of {_ALLOWED}, got {impl!r}")
+    if impl == "reference":
+        return Choice("reference", f"{source} asks for it")
+    obstacle = _triton_obstacle(x.device, x.dtype)
+    if impl == "triton":
+        if obstacle is not None:
+            raise ValueError(f"{source} asks for 'triton', which cannot run: {obstacle}")
+        return Choice("triton", f"{source} asks for it")
+    if obstacle is not None:
+        return Choice("reference", obstacle)
+    # The interpreter is for tests, which ask for it: it is far slower than eager PyTorch.
+    if x.device.type == "cpu":
+        return Choice("reference", "x is on the CPU")
+    return Choice("triton", f"x is on {x.device.type}, and Triton is installed")
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run; None where they can."""
+    if dtype == torch.float64:
+        return "x is float64, which the Triton kernels do not compute in"
+    if not _TRITON_INSTALLED:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "x is on the CPU, and TRITON_INTERPRET is not 1"
+    if device.type != "cuda":
+        return f"x is on {device.type}, and the Triton kernels run on cuda"
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    if capability < _LEAST_CAPABILITY:
+        return f"the GPU has compute capability {capability}, and the Triton kernels need {_LEAST_CAPABILITY}"
+    return None

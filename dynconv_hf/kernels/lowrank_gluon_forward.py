@@ -1,0 +1,142 @@
+"""Low-rank dynamic convolution, forward, for NVIDIA tensor cores: see `run_permuted_layout` for the idea.
+
+Every byte of x is read once (and a halo of 3 rows for each run), by asynchronous copies into a ring in shared memory;
+filters live only in registers, between the product that makes them and the sums that use them.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from .run_permuted_layout import (
+    RANKS,
+    RUNS,
+    TAPS,
+    WARP_CHANNELS,
+    async_load,
+    copy_offsets,
+    copy_rows,
+    filters_of_pair,
+    lane_channels,
+    load_basis,
+    load_coefficients,
+    load_halo,
+    load_reach,
+    mma_layout,
+    product_columns,
+    ring_layout,
+    row_layout,
+    run_starts,
+    stage_coefficients,
+    tokens_of_pair,
+    where_reached,
+)
+
+__all__ = ["lowrank_forward_kernel"]
+
+
+@gluon.jit(do_not_specialize=["T"])
+def lowrank_forward_kernel(
+    x_ptr,
+    coefficients_ptr,
+    basis_ptr,
+    static_ptr,
+    positions_ptr,
+    state_ptr,
+    y_ptr,
+    T,
+    D: gl.constexpr,
+    R: gl.constexpr,
+    X_STRIDE: gl.constexpr,
+    Z_STRIDE: gl.constexpr,
+    L: gl.constexpr,
+    WARPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+    TAIL: gl.constexpr,
+):
+    """Grid (D / (32 * WARPS), ceil(T / (8 * L)), B). TAIL: T is no multiple of 8 * L."""
+    BLOCK: gl.constexpr = WARPS * WARP_CHANNELS
+    PAIRS: gl.constexpr = L // 2
+    mma: gl.constexpr = mma_layout(WARPS)
+    batch = gl.program_id(2).to(gl.int64)
+    start = gl.program_id(1) * (RUNS * L)
+    left = T - start
+    channel = gl.program_id(0) * BLOCK
+    token = batch * T + start
+    x_ptr += token * X_STRIDE + channel
+    y_ptr += token * D + channel
+    coefficients_ptr += token * Z_STRIDE
+    basis_ptr += channel
+    if static_ptr is not None:
+        static_ptr += channel
+    if state_ptr is not None:
+        state_ptr += batch * ((TAPS - 1) * D) + channel
+
+    coefficients = load_coefficients(coefficients_ptr, 0, RUNS * L, L, L, left, R, Z_STRIDE, WARPS)
+    basis = load_basis(basis_ptr, static_ptr, R, D, WARPS)
+
+    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, RUNS, BLOCK], ring_layout())
+    rows = copy_rows(L, WARPS)
+    source = x_ptr + copy_offsets(rows, X_STRIDE, WARPS)
+    for stage in gl.static_range(STAGES - 1):
+        if TAIL:
+            async_load(ring.index(stage), source, mask=rows + 2 * stage < left)
+        else:
+            async_load(ring.index(stage), source)
+        async_copy.commit_group()
+        source += 2 * X_STRIDE
+
+    x_3 = load_halo(x_ptr, state_ptr, 3, start, T, L, X_STRIDE, D, WARPS)
+    x_2 = load_halo(x_ptr, state_ptr, 2, start, T, L, X_STRIDE, D, WARPS)
+    x_1 = load_halo(x_ptr, state_ptr, 1, start, T, L, X_STRIDE, D, WARPS)
+
+    z_shared = stage_coefficients(coefficients, PAIRS)
+    if positions_ptr is not None:
+        reach_shared = load_reach(positions_ptr + token, 0, PAIRS, L, L, left, WARPS)
+
+    columns = product_columns(basis, WARPS).permute([0, 1, 4, 2, 3, 5]).reshape([RANKS, TAPS * BLOCK])
+    basis_operand = gl.convert_layout(columns, gl.DotOperandLayout(1, mma, 2))
+    zero = gl.zeros([2 * RUNS, TAPS * BLOCK], gl.float32, mma)
+
+    destination = y_ptr + (run_starts(L, WARPS) * D + lane_channels(WARPS))
+    left_of_run = left - run_starts(L, WARPS)
+    for pair in range(PAIRS):
+        async_copy.wait_group(STAGES - 2)
+        # The copies past the end are masked, not skipped: the count of groups in flight stays the same.
+        ahead = pair + STAGES - 1
+        mask = rows * 0 + ahead < PAIRS
+        if TAIL:
+            mask = mask & (rows + 2 * ahead < left)
+        async_load(ring.index(ahead % STAGES), source, mask=mask)
+        async_copy.commit_group()
+        source += 2 * X_STRIDE
+
+        x_0, x_next = tokens_of_pair(ring.index(pair % STAGES), WARPS)
+        z_operand = z_shared.index(pair).load(gl.DotOperandLayout(0, mma, 2))
+        k_0, k_1, k_2, k_3, n_0, n_1, n_2, n_3 = filters_of_pair(mma_v2(z_operand, basis_operand, zero), WARPS)
+        reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(WARPS))
+
+        y = filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, reach, 0, RESIDUAL)
+        y_next = filtered(x_next, x_0, x_1, x_2, n_0, n_1, n_2, n_3, reach, 4, RESIDUAL)
+        if TAIL:
+            gl.store(destination, y, mask=2 * pair < left_of_run)
+            gl.store(destination + D, y_next, mask=2 * pair + 1 < left_of_run)
+        else:
+            gl.store(destination, y)
+            gl.store(destination + D, y_next)
+        destination += 2 * D
+        x_3 = x_1
+        x_2 = x_0
+        x_1 = x_next
+
+
+@gluon.jit
+def filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, reach, bit: gl.constexpr, RESIDUAL: gl.constexpr):
+    """One token of the convolution: x_w is the input w steps back, k_w its filter, `bit` + w its bit of `reach`."""
+    x = where_reached(x_0, reach, bit).to(gl.float32)
+    y = gl.fma(k_0, x, x_0.to(gl.float32)) if RESIDUAL else k_0 * x
+    y = gl.fma(k_1, where_reached(x_1, reach, bit + 1).to(gl.float32), y)
+    y = gl.fma(k_2, where_reached(x_2, reach, bit + 2).to(gl.float32), y)
+    y = gl.fma(k_3, where_reached(x_3, reach, bit + 3).to(gl.float32), y)
+    return y.to(gl.bfloat16)

@@ -1,0 +1,221 @@
+"""The Triton kernels as PyTorch operators: fake implementations for torch.compile, autograd, any device Triton serves.
+
+Importing this module does not import Triton: the kernels are loaded when an operator first runs.
+
+A module of kernels gives `forward(x, *filters, residual, positions, initial_state) -> y` and
+`backward(dy, x, <the same>) -> gradients of x, the filters and the initial state`, None for what was not given. One
+that does not serve every input also gives `covers(x, <the same>) -> str | None`: None, or what it does not serve.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Kernels", "headwise", "lowrank", "lowrank_kernels", "static"]
+
+
+class Kernels(NamedTuple):
+    """A set of kernels: the name of its module, and what launches them."""
+
+    name: str
+    forward: Callable[..., torch.Tensor]
+    backward: Callable[..., tuple[torch.Tensor | None, ...]]
+
+
+def lowrank_kernels(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    basis: torch.Tensor,
+    static_filter: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+) -> tuple[Kernels, str]:
+    """The fastest kernels that serve these inputs, and why not faster ones."""
+    from .lowrank_gluon import backward, covers, forward
+
+    reason = covers(x, coefficients, basis, static_filter, positions, initial_state)
+    if reason is None:
+        return Kernels("lowrank_gluon", forward, backward), ""
+    from .lowrank import backward, forward
+
+    return Kernels("lowrank", forward, backward), f"not lowrank_gluon: {reason}"
+
+
+def _direct_kernels() -> Kernels:
+    from .direct import backward, forward
+
+    return Kernels("direct", forward, backward)
+
+
+def _empty_for_none(gradients: Sequence[torch.Tensor | None], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """An operator returns tensors only."""
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _fake_gradients(*inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    x = inputs[0]
+    return _empty_for_none([None if a is None else a.new_empty(a.shape) for a in inputs], x)
+
+
+def _wanted(
+    ctx: torch.autograd.function.FunctionCtx,
+    gradients: Sequence[torch.Tensor],
+    slots: Sequence[int],
+    inputs: int,
+) -> tuple[torch.Tensor | None, ...]:
+    """The operator's gradients, each in its input's slot, where that input wants one."""
+    by_slot = dict(zip(slots, gradients, strict=True))
+    return tuple(by_slot[slot] if slot in by_slot and ctx.needs_input_grad[slot] else None for slot in range(inputs))
+
+
+@torch.library.custom_op("dynconv_hf::lowrank", mutates_args=())
+def lowrank(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    basis: torch.Tensor,
+    static_filter: torch.Tensor | None,
+    residual: bool,
+    positions: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+) -> torch.Tensor:
+    kernels, _ = lowrank_kernels(x, coefficients, basis, static_filter, positions, initial_state)
+    return kernels.forward(x, coefficients, basis, static_filter, residual, positions, initial_state)
+
+
+@torch.library.custom_op("dynconv_hf::lowrank_backward", mutates_args=())
+def lowrank_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    basis: torch.Tensor,
+    static_filter: torch.Tensor | None,
+    residual: bool,
+    positions: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    kernels, _ = lowrank_kernels(x, coefficients, basis, static_filter, positions, initial_state)
+    gradients = kernels.backward(dy, x, coefficients, basis, static_filter, residual, positions, initial_state)
+    return _empty_for_none(gradients, x)
+
+
+@lowrank.register_fake
+def _(x, coefficients, basis, static_filter, residual, positions, initial_state):
+    return x.new_empty(x.shape)
+
+
+@lowrank_backward.register_fake
+def _(dy, x, coefficients, basis, static_filter, residual, positions, initial_state):
+    return _fake_gradients(x, coefficients, basis, static_filter, initial_state)
+
+
+def _lowrank_setup(ctx, inputs, output):
+    x, coefficients, basis, static_filter, ctx.residual, positions, initial_state = inputs
+    ctx.save_for_backward(x, coefficients, basis, static_filter, positions, initial_state)
+
+
+def _lowrank_gradients(ctx, dy):
+    x, coefficients, basis, static_filter, positions, initial_state = ctx.saved_tensors
+    gradients = lowrank_backward(dy, x, coefficients, basis, static_filter, ctx.residual, positions, initial_state)
+    return _wanted(ctx, gradients, (0, 1, 2, 3, 6), 7)
+
+
+lowrank.register_autograd(_lowrank_gradients, setup_context=_lowrank_setup)
+
+
+@torch.library.custom_op("dynconv_hf::headwise", mutates_args=())
+def headwise(
+    x: torch.Tensor,
+    filters: torch.Tensor,
+    static_filter: torch.Tensor | None,
+    residual: bool,
+    positions: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+) -> torch.Tensor:
+    return _direct_kernels().forward(x, filters, static_filter, residual, positions, initial_state)
+
+
+@torch.library.custom_op("dynconv_hf::headwise_backward", mutates_args=())
+def headwise_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    filters: torch.Tensor,
+    static_filter: torch.Tensor | None,
+    residual: bool,
+    positions: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = (x, filters, static_filter, residual, positions, initial_state)
+    return _empty_for_none(_direct_kernels().backward(dy, *inputs), x)
+
+
+@headwise.register_fake
+def _(x, filters, static_filter, residual, positions, initial_state):
+    return x.new_empty(x.shape)
+
+
+@headwise_backward.register_fake
+def _(dy, x, filters, static_filter, residual, positions, initial_state):
+    return _fake_gradients(x, filters, static_filter, initial_state)
+
+
+def _headwise_setup(ctx, inputs, output):
+    x, filters, static_filter, ctx.residual, positions, initial_state = inputs
+    ctx.save_for_backward(x, filters, static_filter, positions, initial_state)
+
+
+def _headwise_gradients(ctx, dy):
+    x, filters, static_filter, positions, initial_state = ctx.saved_tensors
+    gradients = headwise_backward(dy, x, filters, static_filter, ctx.residual, positions, initial_state)
+    return _wanted(ctx, gradients, (0, 1, 2, 5), 6)
+
+
+headwise.register_autograd(_headwise_gradients, setup_context=_headwise_setup)
+
+
+@torch.library.custom_op("dynconv_hf::static", mutates_args=())
+def static(
+    x: torch.Tensor,
+    static_filter: torch.Tensor,
+    residual: bool,
+    positions: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+) -> torch.Tensor:
+    return _direct_kernels().forward(x, None, static_filter, residual, positions, initial_state)
+
+
+@torch.library.custom_op("dynconv_hf::static_backward", mutates_args=())
+def static_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    static_filter: torch.Tensor,
+    residual: bool,
+    positions: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx, _, dstatic, dstate = _direct_kernels().backward(dy, x, None, static_filter, residual, positions, initial_state)
+    return _empty_for_none((dx, dstatic, dstate), x)
+
+
+@static.register_fake
+def _(x, static_filter, residual, positions, initial_state):
+    return x.new_empty(x.shape)
+
+
+@static_backward.register_fake
+def _(dy, x, static_filter, residual, positions, initial_state):
+    return _fake_gradients(x, static_filter, initial_state)
+
+
+def _static_setup(ctx, inputs, output):
+    x, static_filter, ctx.residual, positions, initial_state = inputs
+    ctx.save_for_backward(x, static_filter, positions, initial_state)
+
+
+def _static_gradients(ctx, dy):
+    x, static_filter, positions, initial_state = ctx.saved_tensors
+    gradients = static_backward(dy, x, static_filter, ctx.residual, positions, initial_state)
+    return _wanted(ctx, gradients, (0, 1, 4), 5)
+
+
+static.register_autograd(_static_gradients, setup_context=_static_setup)

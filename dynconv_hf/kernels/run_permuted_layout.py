@@ -1,0 +1,285 @@
+"""Run-permuted time: the register layout shared by the Gluon kernels of the low-rank convolution.
+
+A convolution over time with filters from a matrix product meets two layouts that do not agree: the tensor cores
+deal the rows and columns of a tile out over the lanes of a warp in a fixed pattern, and the convolution wants, in
+one lane, the same channel at neighbouring times. Going from one to the other through shared memory, once for each
+tap, is what makes the straightforward kernel slow: about 28 bytes of shared-memory traffic an element.
+
+But which time a row of a tile stands for is ours to choose. A thread block owns RUNS = 8 runs of L consecutive
+tokens, and advances all of them two tokens at a time. In tile `pair`, row 8 * h + g stands for the token
+
+    start + g * L + 2 * pair + h         (g: the run, h: the first or second token of the pair).
+
+The tensor cores give lane 4 * g + j the rows g and g + 8: two consecutive tokens of run g. From pair to pair a lane
+keeps its run, so that the tokens one, two and three steps back are values the lane already holds: the shifts of the
+convolution become renamings of registers. Likewise for the columns: of the 32 channels of a warp, the tensor cores
+give lane j columns (q, e) -> 8 * q + 2 * j + e with e in {0, 1}; we let that column stand for channel
+8 * j + 2 * q + e, and each lane then holds 8 neighbouring channels: one 16-byte vector. With that, filters,
+inputs and outputs share the register layout `lane_layout`, and a product's result is used where it lies.
+
+In the shapes below G is the runs of one thread block, C = 32 the channels of one warp, K = 16 the ranks: R, then the
+static filter with coefficient 1, then zeros. `warps` counts the warps of a thread block.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import ampere
+
+__all__ = [
+    "RANKS",
+    "RUNS",
+    "TAPS",
+    "WARP_CHANNELS",
+    "async_load",
+    "copy_offsets",
+    "copy_rows",
+    "filters_of_pair",
+    "lane_channels",
+    "lane_layout",
+    "load_basis",
+    "load_coefficients",
+    "load_halo",
+    "load_reach",
+    "mma_layout",
+    "product_columns",
+    "ring_layout",
+    "ring_load_layout",
+    "row_layout",
+    "run_starts",
+    "stage_coefficients",
+    "tokens_of_pair",
+    "where_reached",
+]
+
+RUNS = gl.constexpr(8)
+WARP_CHANNELS = gl.constexpr(32)
+RANKS = gl.constexpr(16)
+TAPS = gl.constexpr(4)
+
+# Gluon renamed this one between Triton 3.6 and 3.9; 3.9 keeps the old name, but only to raise an error.
+async_load = getattr(ampere.async_copy, "async_load", ampere.async_copy.async_copy_global_to_shared)
+HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def reinterpret(memory, shape: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory with another shape and layout; the method became public between 3.6 and 3.9."""
+    if HAS_REINTERPRET:
+        return memory.reinterpret(memory.dtype, shape, layout)
+    else:
+        return memory._reinterpret(memory.dtype, shape, layout)
+
+
+@gluon.constexpr_function
+def lane_layout(warps):
+    """[warps, G, C]: a lane holds 8 neighbouring channels of one run."""
+    return gl.BlockedLayout([1, 1, 8], [1, 8, 4], [warps, 1, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def row_layout(warps):
+    """[G]: for each lane, what belongs to its run."""
+    return gl.SliceLayout(0, gl.SliceLayout(2, lane_layout(warps)))
+
+
+@gluon.constexpr_function
+def mma_layout(warps):
+    """[2 * G, TAPS * warps * C]: a product for one pair of tokens, each warp making its own columns."""
+    return gl.NVMMADistributedLayout([2, 0], [1, warps], [16, 8])
+
+
+@gluon.constexpr_function
+def ring_layout():
+    """Shared memory for two tokens of all runs, [2, G, warps * C].
+
+    Eight lanes read 16 bytes each at a time, 64 bytes from each of two runs; the swizzle puts the 64 bytes of odd
+    runs into the other half of the banks.
+    """
+    return gl.SwizzledSharedLayout(32, 1, 2, [2, 1, 0])
+
+
+@gluon.constexpr_function
+def ring_load_layout(warps):
+    """[2, G, warps * C] in registers, as `lane_layout` with both tokens of the pair in the lane."""
+    return gl.BlockedLayout([2, 1, 8], [1, 8, 4], [1, 1, warps], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def copy_layout(warps):
+    """[2, G, warps * C] for copies from global to shared memory: a warp asks for whole rows, not for 64 bytes."""
+    lanes_of_row = min(warps * 4, 32)
+    return gl.BlockedLayout([1, 1, 8], [1, 32 // lanes_of_row, lanes_of_row], [1, warps, 1], [2, 1, 0])
+
+
+@gluon.jit
+def copy_rows(L, warps: gl.constexpr):
+    """The token each row of a copy stands for, for the first pair, counted from the block's start: [2, G, 1]."""
+    layout: gl.constexpr = copy_layout(warps)
+    token = gl.arange(0, 2, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    run = gl.arange(0, RUNS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    return token[:, None, None] + (run * L)[None, :, None]
+
+
+@gluon.jit
+def copy_offsets(rows, stride, warps: gl.constexpr):
+    layout: gl.constexpr = copy_layout(warps)
+    channels = gl.arange(0, warps * WARP_CHANNELS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    return rows * stride + channels[None, None, :]
+
+
+@gluon.jit
+def lane_channels(warps: gl.constexpr):
+    """The channel of each element of a lane tile, counted from the block's first: [warps, 1, C]."""
+    layout: gl.constexpr = lane_layout(warps)
+    warp = gl.arange(0, warps, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    channel = gl.arange(0, WARP_CHANNELS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    return (warp * WARP_CHANNELS)[:, None, None] + channel[None, None, :]
+
+
+@gluon.jit
+def run_starts(L, warps: gl.constexpr):
+    """The first token of each run, counted from the block's start: [1, G, 1]."""
+    return (gl.arange(0, RUNS, row_layout(warps)) * L)[None, :, None]
+
+
+@gluon.jit
+def load_coefficients(z_ptr, first, rows: gl.constexpr, L, steps, left, R: gl.constexpr, stride, warps: gl.constexpr):
+    """Coefficients in tile order: row 16 * pair + 8 * h + g is token g * L + first + 2 * pair + h; bfloat16.
+
+    `steps` bounds the tokens of a run, `left` the tokens of the sequence. Ranks from R on, and rows out of bounds, are
+    1: rank R is the static filter, and whatever the others multiply is zero.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [warps, 1], [1, 0])
+    row = gl.arange(0, rows, gl.SliceLayout(1, layout))
+    rank = gl.arange(0, RANKS, gl.SliceLayout(0, layout))
+    step = first + (row // 16) * 2 + (row // 8) % 2
+    token = (row % 8) * L + step
+    mask = ((step < steps) & (token < left))[:, None] & (rank < R)[None, :]
+    return gl.load(z_ptr + (token * stride)[:, None] + rank[None, :], mask=mask, other=1.0).to(gl.bfloat16)
+
+
+@gluon.jit
+def stage_coefficients(coefficients, pairs: gl.constexpr):
+    """Coefficients in shared memory, [pairs, 2 * G, K]: a matrix operand for each pair, free of bank conflicts."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
+    memory = gl.allocate_shared_memory(gl.bfloat16, [pairs * 2 * RUNS, RANKS], layout)
+    memory.store(coefficients)
+    return reinterpret(memory, [pairs, 2 * RUNS, RANKS], layout)
+
+
+@gluon.jit
+def load_reach(positions_ptr, first, pairs: gl.constexpr, L, steps, left, warps: gl.constexpr):
+    """Which taps reach back within the token's own sequence, in shared memory: [pairs, G], int32.
+
+    Bit w is for tap w of the first token of a pair, bit 4 + w for the second.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [warps], [0])
+    row = gl.arange(0, pairs * RUNS, layout)
+    step = first + (row // RUNS) * 2
+    token = (row % RUNS) * L + step
+    position = gl.load(positions_ptr + token, mask=(step < steps) & (token < left), other=0)
+    position_next = gl.load(positions_ptr + token + 1, mask=(step + 1 < steps) & (token + 1 < left), other=0)
+    reach = gl.zeros([pairs * RUNS], gl.int32, layout)
+    for tap in gl.static_range(TAPS):
+        reach |= gl.where(position >= tap, 1 << tap, 0)
+        reach |= gl.where(position_next >= tap, 1 << (TAPS + tap), 0)
+    shared_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    memory = gl.allocate_shared_memory(gl.int32, [pairs * RUNS], shared_layout)
+    memory.store(reach)
+    return reinterpret(memory, [pairs, RUNS], shared_layout)
+
+
+@gluon.jit
+def load_basis(basis_ptr, static_ptr, R: gl.constexpr, D: gl.constexpr, warps: gl.constexpr):
+    """The basis with the static filter as rank R and zeros from there on: [16, TAPS, warps * C], bfloat16."""
+    BLOCK: gl.constexpr = warps * WARP_CHANNELS
+    lanes_of_row: gl.constexpr = min(BLOCK // 8, 32)
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32 // lanes_of_row, lanes_of_row], [warps, 1, 1], [2, 1, 0])
+    rank = gl.arange(0, RANKS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    tap = gl.arange(0, TAPS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    channel = gl.arange(0, BLOCK, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    offsets = tap * D + channel
+    basis = gl.load(basis_ptr + rank * (TAPS * D) + offsets, mask=rank < R, other=0.0).to(gl.bfloat16)
+    if static_ptr is not None:
+        zeros = gl.zeros([RANKS, TAPS, BLOCK], gl.int32, layout)
+        static = gl.load(static_ptr + zeros + offsets, mask=zeros + rank == R, other=0.0).to(gl.bfloat16)
+        basis = gl.where(zeros + rank == R, static, basis)
+    return basis
+
+
+@gluon.jit
+def product_columns(basis, warps: gl.constexpr):
+    """[16, TAPS, warps * C] split for the columns of products: [16, TAPS, warps, j, q, e], channel = 8 j + 2 q + e.
+
+    Lane j of a row's four holds channels 8 j to 8 j + 7.
+    """
+    return basis.reshape([RANKS, TAPS, warps, 4, 4, 2])
+
+
+@gluon.jit
+def filters_of_pair(product, warps: gl.constexpr):
+    """The product of coefficients and basis as lane tiles: taps 0 to 3 of the first token, then of the second."""
+    lanes: gl.constexpr = lane_layout(warps)
+    # [h, g, tap, q, warp, j, e] -> [warp, g, (j, q, e), h, tap]: moves no data, the layouts agree.
+    taps = product.reshape([2, RUNS, TAPS, 4, warps, 4, 2]).permute([4, 1, 5, 3, 6, 0, 2])
+    even, odd = taps.reshape([warps, RUNS, WARP_CHANNELS, 2, 2, 2]).split()
+    tap_0, tap_2 = even.split()
+    tap_1, tap_3 = odd.split()
+    first_0, second_0 = tap_0.split()
+    first_1, second_1 = tap_1.split()
+    first_2, second_2 = tap_2.split()
+    first_3, second_3 = tap_3.split()
+    return (
+        gl.convert_layout(first_0, lanes, assert_trivial=True),
+        gl.convert_layout(first_1, lanes, assert_trivial=True),
+        gl.convert_layout(first_2, lanes, assert_trivial=True),
+        gl.convert_layout(first_3, lanes, assert_trivial=True),
+        gl.convert_layout(second_0, lanes, assert_trivial=True),
+        gl.convert_layout(second_1, lanes, assert_trivial=True),
+        gl.convert_layout(second_2, lanes, assert_trivial=True),
+        gl.convert_layout(second_3, lanes, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def tokens_of_pair(stage, warps: gl.constexpr):
+    """Both tokens of a pair from a stage of the ring, as lane tiles."""
+    lanes: gl.constexpr = lane_layout(warps)
+    tile = stage.load(ring_load_layout(warps)).reshape([2, RUNS, warps, WARP_CHANNELS])
+    first, second = tile.permute([2, 1, 3, 0]).split()
+    return gl.convert_layout(first, lanes, assert_trivial=True), gl.convert_layout(second, lanes, assert_trivial=True)
+
+
+@gluon.jit
+def load_halo(x_ptr, state_ptr, back: gl.constexpr, start, T, L, stride, D: gl.constexpr, warps: gl.constexpr):
+    """The inputs `back` tokens before each run; before the sequence, the initial state or zero."""
+    local = run_starts(L, warps)
+    channels = lane_channels(warps)
+    token = start + local
+    pointers = x_ptr + ((local - back) * stride + channels)
+    mask = (token >= back) & (token - back < T)
+    halo = gl.load(pointers, mask=mask, other=0.0)
+    if state_ptr is not None:
+        # Runs are longer than the state: only the run at the very start reaches back into it.
+        zeros = gl.zeros_like(halo).to(gl.int32)
+        state = gl.load(state_ptr + zeros + ((TAPS - 1 - back) * D + channels), mask=zeros + token == 0, other=0.0)
+        halo = gl.where(zeros + token == 0, state, halo)
+    return halo
+
+
+@gluon.jit
+def where_reached(x, reach, bit: gl.constexpr):
+    """x (bfloat16) where the tap of `bit` counts, else zero; a choice, not a product: x may be inf or nan there."""
+    if reach is None:
+        return x
+    else:
+        # Two at a time; `where` would take each pair apart and put it together again, and the backward would spill.
+        reached = (reach & (1 << bit))[None, :, None] + gl.zeros_like(x).to(gl.int32)
+        return gl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.u32 p, $2, 0; selp.b32 $0, $1, 0, p; }",
+            "=r,r,r,r",
+            [x, reached],
+            dtype=gl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )

@@ -1,0 +1,171 @@
+"""Compiles kernels for sm_90 without a GPU and reads registers and spills from the artefact.
+
+    python tests/kernels/artefacts.py    # JSON lines: case, kernel, registers, spilled bytes, shared memory
+
+Must run without TRITON_INTERPRET: interpreted kernels cannot be compiled.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from dynconv_hf.kernels import direct, launch, lowrank, lowrank_half, lowrank_half_backward, reduction
+
+MULTIPROCESSORS = 132
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+
+
+class Recorder:
+    """Stands in for a kernel: takes down what it is launched with."""
+
+    def __init__(self, kernel: Any, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Callable:
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def record(launcher: Callable, *args: Any) -> list:
+    """The kernels a host function launches, as (kernel, args, kwargs); nothing runs."""
+    launches: list = []
+    modules = (direct, lowrank, lowrank_half, lowrank_half_backward, reduction)
+    kernels = {
+        (module, name): kernel
+        for module in modules
+        for name, kernel in vars(module).items()
+        if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel")
+    }
+    try:
+        for (module, name), kernel in kernels.items():
+            setattr(module, name, Recorder(kernel, launches))
+        launcher(*args)
+    finally:
+        for (module, name), kernel in kernels.items():
+            setattr(module, name, kernel)
+    return launches
+
+
+def compile_sm90(kernel: Any, args: tuple, kwargs: dict) -> Any:
+    """Compiles as the just-in-time compiler would for these arguments."""
+    bound = dict(zip([p.name for p in kernel.params], args, strict=False))
+    options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
+    bound.update({name: value for name, value in kwargs.items() if name not in OPTIONS})
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        specialize = not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialize and not isinstance(value, torch.Tensor) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            if specialize and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers a thread and bytes of local memory, from the machine code; shared memory from the compiler.
+
+    These kernels index no arrays at run time, so that local memory means spilled registers.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": numbers["REG"],
+        "spilled": numbers["STACK"] + numbers["LOCAL"],
+        "shared": compiled.metadata.shared,
+    }
+
+
+def _tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cases() -> Iterator[tuple[str, Callable, tuple]]:
+    """What users run, and the corners of what registers must hold: types, W, R, positions and state."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    batch, tokens, channels = 4, 4096, 2048
+    settings = [
+        # dtype, parameters' dtype, W, R, static, masked (positions and state)
+        (bf16, bf16, 4, 15, True, False),
+        (bf16, fp32, 4, 15, True, True),
+        (bf16, bf16, 8, 15, True, True),
+        (bf16, bf16, 4, 64, True, True),
+        (bf16, bf16, 1, 1, False, False),
+        (bf16, bf16, 3, 16, False, True),
+        (fp16, fp16, 4, 15, True, True),
+        (fp32, fp32, 4, 15, True, True),
+        (fp32, fp32, 8, 16, True, True),
+    ]
+    for dtype, parameter, size, rank, has_static, masked in settings:
+        x = _tensor(batch, tokens, channels, dtype=dtype)
+        s = _tensor(size, channels, dtype=parameter) if has_static else None
+        positions = _tensor(batch, tokens, dtype=torch.int64) if masked else None
+        state = _tensor(batch, size - 1, channels, dtype=dtype) if masked else None
+        flags = "".join(flag for flag, on in ((" static", has_static), (" masked", masked)) if on)
+        name = f"{TYPES[dtype]}/{TYPES[parameter]} W{size}{flags}"
+        z = _tensor(batch, tokens, rank, dtype=dtype)
+        u = _tensor(rank, size, channels, dtype=parameter)
+        common = (s, True, positions, state)
+        yield f"lowrank R{rank} {name} forward", lowrank.forward, (x, z, u, *common)
+        yield f"lowrank R{rank} {name} backward", lowrank.backward, (x, x, z, u, *common)
+        for head_size in (1, 16, channels):
+            f = _tensor(batch, tokens, channels // head_size, size, dtype=dtype)
+            yield f"headwise P{head_size} {name} forward", direct.forward, (x, f, *common)
+            yield f"headwise P{head_size} {name} backward", direct.backward, (x, x, f, *common)
+        if has_static:
+            yield f"static {name} forward", direct.forward, (x, None, *common)
+            yield f"static {name} backward", direct.backward, (x, x, None, *common)
+
+
+def packed_case() -> tuple[str, Callable, tuple]:
+    """Training on packed documents: positions, no state."""
+    bf16 = torch.bfloat16
+    x, z = _tensor(4, 4096, 2048, dtype=bf16), _tensor(4, 4096, 15, dtype=bf16)
+    u, s = _tensor(15, 4, 2048, dtype=bf16), _tensor(4, 2048, dtype=bf16)
+    positions = _tensor(4, 4096, dtype=torch.int64)
+    return "lowrank R15 bf16/bf16 W4 static packed backward", lowrank.backward, (x, x, z, u, s, True, positions, None)
+
+
+def report(wanted: str = "") -> Iterator[dict]:
+    """One row for each kernel of each case whose name holds `wanted`."""
+    for module in (direct, lowrank, lowrank_half, lowrank_half_backward):
+        module.multiprocessors = lambda device: MULTIPROCESSORS
+    for case, launcher, args in (*cases(), packed_case()):
+        if wanted in case:
+            for kernel, kernel_args, kwargs in record(launcher, *args):
+                row = resources(compile_sm90(kernel, kernel_args, kwargs))
+                yield {"case": case, "kernel": kernel.fn.__name__, **row}
+
+
+if __name__ == "__main__":
+    if launch.INTERPRETED:
+        raise SystemExit(f"TRITON_INTERPRET is {os.environ['TRITON_INTERPRET']!r}: unset it")
+    for row in report(*sys.argv[1:]):
+        print(json.dumps(row), flush=True)

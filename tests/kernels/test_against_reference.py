@@ -1,0 +1,168 @@
+"""The Triton kernels against the float64 reference: every result and gradient, over random shapes, types, masks.
+
+How many random cases of each mode: the environment variable DYNCONV_CASES, for instance
+
+    DYNCONV_CASES=500 pytest tests/kernels/test_against_reference.py     # in the interpreter: an hour
+    DYNCONV_CASES=2000 pytest tests/kernels/test_against_reference.py    # on a GPU: minutes
+"""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dynconv_hf.kernels import lowrank_dynamic_conv1d
+
+from .cases import TOLERANCE, Case, errors, run, tolerance
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+# The interpreter takes a second for what a GPU does in a millisecond.
+MOST_TOKENS, MOST_CHANNELS = (700, 300) if ON_GPU else (40, 140)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+random_cases = settings(
+    max_examples=int(os.environ.get("DYNCONV_CASES", "6")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@st.composite
+def cases(draw: st.DrawFn, mode: str) -> Case:
+    channels = draw(st.integers(1, MOST_CHANNELS))
+    heads = draw(st.sampled_from([h for h in range(1, channels + 1) if channels % h == 0]))
+    dtype = draw(st.sampled_from(DTYPES))
+    return Case(
+        mode,
+        batch=draw(st.integers(0, 3)),
+        tokens=draw(st.integers(0, MOST_TOKENS)),
+        channels=channels,
+        kernel_size=draw(st.integers(1, 8)),
+        rank=draw(st.one_of(st.just(15), st.integers(1, 20), st.just(40))),
+        heads=heads,
+        dtype=dtype,
+        parameter_dtype=draw(st.sampled_from((dtype, torch.float32))),
+        static=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        positions=draw(st.sampled_from(("none", "packed", "padded", "one"))),
+        state=draw(st.booleans()),
+        layout=draw(st.sampled_from(("contiguous", "slice", "channels first", "tokens first"))),
+        seed=draw(st.integers(0, 2**16)),
+        device=DEVICE,
+    )
+
+
+def check(case: Case) -> None:
+    found = errors(case)
+    too_large = {name: error for name, error in found.items() if not error <= tolerance(case)}
+    assert not too_large, f"{too_large} in {case}"
+
+
+@random_cases
+@given(cases("lowrank"))
+def test_lowrank(case: Case) -> None:
+    check(case)
+
+
+@random_cases
+@given(cases("headwise"))
+def test_headwise(case: Case) -> None:
+    check(case)
+
+
+@random_cases
+@given(cases("static"))
+def test_static(case: Case) -> None:
+    check(case)
+
+
+# What training runs, and the boundaries of its tiles: one row more, one row less.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 16, 33])
+@pytest.mark.parametrize("positions", ["none", "packed"])
+def test_lowrank_as_trained(tokens: int, positions: str, dtype: torch.dtype) -> None:
+    check(Case("lowrank", batch=1, tokens=tokens, channels=40, dtype=dtype, positions=positions, device=DEVICE))
+
+
+# Long enough for the one-pass backward, in more than one chunk; the last one is cut short.
+@pytest.mark.parametrize("positions", ["none", "packed", "padded"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_lowrank_one_pass_backward(positions: str, residual: bool) -> None:
+    case = Case("lowrank", 1, 261, 40, dtype=torch.bfloat16, residual=residual, positions=positions, device=DEVICE)
+    check(dataclasses.replace(case, static=residual, rank=15 if residual else 16))
+
+
+@pytest.mark.parametrize("head_size", [1, 2, 3, 4, 16, 64, 192])
+def test_headwise_head_sizes(head_size: int) -> None:
+    check(Case("headwise", tokens=19, channels=192, heads=192 // head_size, positions="packed", device=DEVICE))
+
+
+@pytest.mark.parametrize("mode", ["lowrank", "headwise", "static"])
+def test_same_bits_each_run(mode: str) -> None:
+    case = Case(mode, tokens=65, dtype=torch.bfloat16, positions="packed", state=True, device=DEVICE)
+    first, second = (run(case, case.inputs(), case.output_gradient(), "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_bad_values_stay_where_they_belong(dtype: torch.dtype, bad: float) -> None:
+    """Padding may hold anything: what is not finite reaches the W tokens it belongs to, and no other."""
+    case = Case("lowrank", batch=1, tokens=50, channels=20, dtype=dtype, device=DEVICE)
+    inputs = {name: a.detach() for name, a in case.inputs().items()}
+    inputs["x"][0, 20, 3] = bad
+    positions = torch.arange(50, device=DEVICE)[None]
+    y = lowrank_dynamic_conv1d(**inputs, positions=positions, impl="triton")
+    finite = torch.ones_like(y, dtype=torch.bool)
+    finite[0, 20:24, 3] = False
+    assert torch.equal(y.isfinite(), finite)
+    positions = torch.where(positions > 20, positions - 21, positions)
+    y = lowrank_dynamic_conv1d(**inputs, positions=positions, impl="triton")
+    finite[0, 21:24, 3] = True
+    assert torch.equal(y.isfinite(), finite)
+
+
+@pytest.mark.parametrize("mode", ["lowrank", "headwise", "static"])
+def test_bad_values_outside_a_document_leave_gradients_alone(mode: str) -> None:
+    case = Case(mode, batch=1, tokens=40, static=True, positions="padded", seed=5, device=DEVICE)
+    positions, inputs = case.token_positions(), case.inputs()
+    padding = positions < 0
+    assert padding.any() and not padding.all()
+    with torch.no_grad():
+        inputs["x"].masked_fill_(padding.unsqueeze(-1), float("nan"))
+    dy = case.output_gradient().masked_fill(padding.unsqueeze(-1), 0.0)
+    gradients = run(case, inputs, dy, "triton")
+    for name in set(gradients) - {"y", "final state"}:
+        assert gradients[name].isfinite().all(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["lowrank", "headwise", "static"])
+@pytest.mark.parametrize("positions", ["none", "packed"])
+def test_several_waves(mode: str, positions: str) -> None:
+    """The size that is measured: rounding stays within what bfloat16 costs."""
+    case = Case(mode, 4, 4096, 2048, heads=128, dtype=torch.bfloat16, parameter_dtype=torch.bfloat16, device=DEVICE)
+    case = dataclasses.replace(case, positions=positions)
+    assert max(errors(case).values()) < 3e-3
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count() -> None:
+    tokens, channels = 2**20 + 17, 2064
+    x = torch.randn(1, tokens, channels, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    z = torch.randn(1, tokens, 15, device=DEVICE, dtype=torch.bfloat16)
+    u = torch.randn(15, 4, channels, device=DEVICE, dtype=torch.bfloat16)
+    y = lowrank_dynamic_conv1d(x, z, u, impl="triton")
+    y.backward(torch.ones_like(y))
+    last = slice(tokens - 100, tokens)
+    short = x[:, last].detach().double().requires_grad_()
+    want = lowrank_dynamic_conv1d(short, z[:, last].double(), u.double(), impl="reference")
+    want.backward(torch.ones_like(want))
+    for got, expected in ((y[:, last], want), (x.grad[:, last], short.grad)):
+        got, expected = got[:, 3:].double(), expected[:, 3:]
+        assert (got - expected).norm() / expected.norm() < TOLERANCE[torch.bfloat16]

@@ -1,0 +1,33 @@
+"""No kernel spills registers on sm_90: read from the machine code, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("artefacts.py")
+
+
+# Everything is `python tests/kernels/artefacts.py`; a run of the tests takes what is trained, with and without masks.
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        "bf16/bf16 W4 static forward",
+        "bf16/bf16 W4 static backward",
+        "lowrank R15 bf16/fp32",
+        "lowrank R15 fp32/fp32 W4",
+    ],
+)
+def test_nothing_spills(wanted: str) -> None:
+    # Compiling needs kernels that are not interpreted: a process of its own.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path.cwd()), environment.get("PYTHONPATH"))))
+    command = [sys.executable, str(SCRIPT), wanted]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert found
+    assert not [row for row in found if row["spilled"]]

@@ -1,0 +1,92 @@
+"""Which implementation runs: seen, forced, refused."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dynconv_hf.kernels import describe_implementation, static_conv1d
+
+ON_GPU = torch.cuda.is_available()
+
+
+def test_auto_by_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DYNCONV_IMPL", raising=False)
+    x, z = torch.randn(1, 5, 8, device=device), torch.randn(1, 5, 3, device=device)
+    u = torch.randn(3, 4, 8, device=device)
+    choice = describe_implementation(x, z, u)
+    assert choice.name.startswith("triton: " if ON_GPU else "reference")
+    assert device.type in choice.reason.lower()
+
+
+def test_forced(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 5, 8, device=device)
+    assert describe_implementation(x, impl="reference").name == "reference"
+    assert describe_implementation(x, impl="triton").name == "triton: direct"
+    monkeypatch.setenv("DYNCONV_IMPL", "triton")
+    assert describe_implementation(x).name == "triton: direct"
+    assert describe_implementation(x, impl="reference").name == "reference"
+    monkeypatch.setenv("DYNCONV_IMPL", "reference")
+    assert describe_implementation(x) == ("reference", "the environment variable DYNCONV_IMPL asks for it")
+
+
+def test_float64_is_the_references(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DYNCONV_IMPL", raising=False)
+    x = torch.randn(1, 5, 8, device=device, dtype=torch.float64)
+    assert describe_implementation(x).name == "reference"
+    with pytest.raises(ValueError, match="float64"):
+        static_conv1d(x, torch.randn(4, 8, device=device), impl="triton")
+
+
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        static_conv1d(torch.randn(1, 5, 8), torch.randn(4, 8), impl="triton")
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Triton"])
+def test_unknown_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=f"got {name!r}"):
+        describe_implementation(torch.randn(1, 5, 8), impl=name)
+    monkeypatch.setenv("DYNCONV_IMPL", name)
+    with pytest.raises(ValueError, match=f"DYNCONV_IMPL.*got {name!r}"):
+        describe_implementation(torch.randn(1, 5, 8))
+
+
+def in_new_process(code: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DYNCONV_IMPL")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_import_does_not_import_the_kernels() -> None:
+    """transformers may import Triton; we do so only when a kernel runs."""
+    code = "import sys, dynconv_hf.kernels as k; print([m for m in sys.modules if m.startswith(k.__name__)])"
+    modules = in_new_process(code)
+    assert "dynconv_hf.kernels.ops" in modules
+    assert "dynconv_hf.kernels.launch" not in modules and "lowrank" not in modules
+
+
+def test_without_triton() -> None:
+    code = """
+import importlib.util, sys
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(name, name=name)
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else real(name, *rest)
+sys.meta_path.insert(0, NoTriton())
+import torch, dynconv_hf.kernels as kernels
+x, s = torch.randn(1, 5, 8), torch.randn(4, 8)
+kernels.static_conv1d(x, s)
+print(kernels.describe_implementation(x).reason)
+try:
+    kernels.static_conv1d(x, s, impl="triton")
+except ValueError as error:
+    print(error)
+"""
+    assert in_new_process(code).count("Triton is not installed") == 2

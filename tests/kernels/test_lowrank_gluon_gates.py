@@ -1,0 +1,75 @@
+"""What the Gluon path of the low-rank convolution promises without a GPU: what it covers, and no spilled registers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynconv_hf.kernels import lowrank_gluon
+
+needs_gluon = pytest.mark.skipif(lowrank_gluon.MISSING is not None, reason=str(lowrank_gluon.MISSING))
+
+
+def call(batch=2, tokens=100, channels=256, rank=15, kernel_size=4, static=True, dtype=torch.bfloat16, parameter=None):
+    x = torch.empty(batch, tokens, channels, dtype=dtype)
+    coefficients = torch.empty(batch, tokens, rank, dtype=dtype)
+    basis = torch.empty(rank, kernel_size, channels, dtype=parameter or dtype)
+    static_filter = torch.empty(kernel_size, channels, dtype=parameter or dtype) if static else None
+    return lowrank_gluon.covers(x, coefficients, basis, static_filter, None, None)
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "no NVIDIA GPU"),
+        ({"rank": 16, "static": False}, "no NVIDIA GPU"),
+        ({"parameter": torch.float32}, "no NVIDIA GPU"),
+        ({"rank": 16}, "R is 16"),
+        ({"rank": 17, "static": False}, "R is 17"),
+        ({"kernel_size": 3}, "W is 3"),
+        ({"channels": 192}, "D is 192"),
+        ({"channels": 0}, "D is 0"),
+        ({"batch": 0}, "empty"),
+        ({"tokens": 0}, "empty"),
+        ({"batch": 70000, "tokens": 1, "rank": 1, "channels": 128}, "B, T are 70000, 1"),
+        ({"dtype": torch.float16}, "x is torch.float16"),
+        ({"parameter": torch.float64}, "a parameter is torch.float64"),
+    ],
+)
+def test_covers_says_why_not(options, reason):
+    assert reason in call(**options)
+
+
+@needs_gluon
+@pytest.mark.parametrize(("processors", "shared_memory"), [(132, 232448), (108, 166912), (128, 101376), (46, 101376)])
+@pytest.mark.parametrize("channels", [128, 256, 1152, 2048, 8192])
+@pytest.mark.parametrize("tokens", [1, 7, 100, 4096, 5000, 131072])
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_the_plan_covers_all_tokens_within_the_device(batch, tokens, channels, processors, shared_memory):
+    plan = lowrank_gluon.divide_work(batch, tokens, channels, processors, shared_memory)
+    assert channels % (32 * plan.warps) == 0
+    assert plan.run_length % 2 == 0 and 8 <= plan.run_length <= plan.max_run_length
+    assert 0 <= plan.chunks * 8 * plan.run_length - tokens < 8 * plan.run_length
+    assert lowrank_gluon._shared_memory(plan.warps, plan.max_run_length) <= shared_memory
+
+
+@needs_gluon
+def test_the_plan_of_the_usual_shape_is_one_full_wave():
+    assert lowrank_gluon.divide_work(4, 4096, 2048, 132, 232448) == (8, 128, 128, 4)
+
+
+def test_nothing_spills():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.gluon_artefacts"]
+    result = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    spilled = {row["case"]: row["spilled"] for row in map(json.loads, result.stdout.splitlines())}
+    assert len(spilled) == 14
+    assert not any(spilled.values()), spilled
