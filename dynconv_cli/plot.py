@@ -11,16 +11,16 @@ PNG_SIGNATURE = b"\x89PNG"
 
 def check_plot_file(path: Path) -> None:
     """Refuses what is not to become a picture, and to overwrite what is none."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
     if path.suffix.lower() != ".png":
         raise ValueError(f"--plot writes a PNG file, and its name must end in .png, got {str(path)!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory", str(path.parent))
     if path.exists() and path.open("rb").read(4) != PNG_SIGNATURE:
         raise FileExistsError(errno.EEXIST, "--plot would overwrite a file that is not a picture", str(path))
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -15,7 +15,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_PATTERNS = (SINGLE_FILE, "model-*.safetensors", INDEX_FILE)
 PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# What belongs to a model apart from its config and weights. The card is not among them: it describes the base.
+# What belongs to a model apart from its config, weights and card.
 COMPANION_PATTERNS = (
     "generation_config.json",
     "tokenizer.json",
@@ -49,7 +49,8 @@ def local_directory(name_or_path: str | os.PathLike, **hub_arguments: Any) -> Pa
     """The directory itself, or the files of a model on the Hub: its weights and what belongs to them."""
     if os.path.isdir(name_or_path):
         return Path(name_or_path)
-    patterns = ["config.json", *WEIGHT_PATTERNS, *COMPANION_PATTERNS]
+    # The card tells the licence.
+    patterns = ["config.json", "README.md", *WEIGHT_PATTERNS, *COMPANION_PATTERNS]
     return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, **hub_arguments))
 
 

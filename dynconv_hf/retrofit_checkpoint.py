@@ -26,6 +26,7 @@ from .checkpoint_files import (
     read_headers,
     weight_files,
 )
+from .model_card import write_model_card
 from .modeling import DynConvLlamaForCausalLM
 from .retrofit import check_supported, extend_config, materialize_convs, take_conv_fields
 
@@ -99,13 +100,14 @@ def retrofit_checkpoint(
         model = DynConvLlamaForCausalLM(config)
     _check_tensors(model, headers, name)
     with new_directory(destination, overwrite=overwrite, check_replaceable=_check_is_checkpoint) as staging:
-        _write(staging, model, directory, files, headers, copy)
+        _write(staging, model, destination.name, directory, files, headers, copy)
     return destination
 
 
 def _write(
     staging: Path,
     model: DynConvLlamaForCausalLM,
+    name: str,
     directory: Path,
     files: list[Path],
     headers: dict[str, TensorHeader],
@@ -117,6 +119,7 @@ def _write(
     new_names = {file.name: shard for file, shard in zip(files, shards, strict=False)}
     _write_index(staging / INDEX_FILE, model, convs, headers, {**new_names, "convs": shards[-1]})
     model.config.save_pretrained(staging)
+    write_model_card(model, staging, name)
     for companion in companion_files(directory):
         (staging / companion).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(directory / companion, staging / companion)

@@ -58,8 +58,8 @@ def kill_sometime(process, longest):
 
 def test_a_new_destination(processes, source, tmp_path):
     before = hashes(source)
-    longest = run_time(processes, source, tmp_path / "whole")
-    whole = hashes(tmp_path / "whole")
+    longest = run_time(processes, source, tmp_path / "whole" / "made")
+    whole = hashes(tmp_path / "whole" / "made")
     destination = tmp_path / "made"
     for _ in range(KILLS):
         kill_sometime(start(processes, source, destination), longest)
@@ -79,11 +79,11 @@ def test_an_overwritten_destination(exchange, processes, source, tmp_path, monke
     before = hashes(source)
     destination = tmp_path / "made"
     target = retrofit_with_seed if exchange else retrofit_without_exchange
-    longest = run_time(processes, source, tmp_path / "whole")
+    longest = run_time(processes, source, tmp_path / "whole" / "made")
     wholes = {}
     for seed in (0, 1):
-        retrofit_with_seed(source, tmp_path / f"seed{seed}", seed, copy=True, conv_init="uniform")
-        wholes[seed] = hashes(tmp_path / f"seed{seed}")
+        retrofit_with_seed(source, tmp_path / f"seed{seed}" / "made", seed, copy=True, conv_init="uniform")
+        wholes[seed] = hashes(tmp_path / f"seed{seed}" / "made")
     retrofit_with_seed(source, destination, 0, copy=True, conv_init="uniform")
     for kill in range(KILLS):
         arguments = {"copy": True, "conv_init": "uniform", "overwrite": True}

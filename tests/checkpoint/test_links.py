@@ -32,9 +32,9 @@ def test_weights_are_linked_and_nothing_else_is(source, tmp_path):
 
 
 def test_copy_shares_nothing(source, tmp_path):
-    made = retrofit_checkpoint(source, tmp_path / "made", copy=True, conv_mode="static")
+    made = retrofit_checkpoint(source, tmp_path / "copied" / "made", copy=True, conv_mode="static")
     assert shared_files(source, made) == []
-    linked = retrofit_checkpoint(source, tmp_path / "linked", conv_mode="static")
+    linked = retrofit_checkpoint(source, tmp_path / "linked" / "made", conv_mode="static")
     assert hashes(made) == hashes(linked)
 
 
