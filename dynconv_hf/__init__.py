@@ -12,6 +12,7 @@ from .modeling import (
     DynConvLlamaModel,
 )
 from .retrofit import retrofit
+from .retrofit_checkpoint import retrofit_checkpoint
 from .training import freeze_base, parameter_groups
 
 __version__ = "0.1.0"
@@ -31,5 +32,6 @@ __all__ = [
     "parameter_groups",
     "push_conv_adapter",
     "retrofit",
+    "retrofit_checkpoint",
     "save_conv_adapter",
 ]

@@ -53,11 +53,7 @@ def retrofit(model_or_name_or_path: PreTrainedModel | str | os.PathLike, **kwarg
         TypeError: an unknown `conv_` field, or the argument is neither a model nor a name or path.
         ValueError: the model is not a Llama causal language model, already has convolutions, or a field does not fit.
     """
-    conv_fields = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("conv_")}
-    unknown = sorted(set(conv_fields) - set(CONV_FIELDS))
-    if unknown:
-        raise TypeError(f"retrofit() knows no argument {unknown[0]!r}; the convolution is set by {list(CONV_FIELDS)}")
-    conv_fields.setdefault("conv_init", "identity")
+    conv_fields = take_conv_fields(kwargs, "retrofit()")
     if isinstance(model_or_name_or_path, str | os.PathLike):
         return _retrofit_checkpoint(model_or_name_or_path, conv_fields, kwargs)
     if not isinstance(model_or_name_or_path, nn.Module):
@@ -70,6 +66,15 @@ def retrofit(model_or_name_or_path: PreTrainedModel | str | os.PathLike, **kwarg
             f"retrofit() takes from_pretrained arguments only with a name or path, got {sorted(kwargs)} with a model"
         )
     return _retrofit_model(model_or_name_or_path, conv_fields)
+
+
+def take_conv_fields(kwargs: dict[str, Any], caller: str) -> dict[str, Any]:
+    """Moves the fields that begin with `conv_` out of kwargs, and adds the start that retrofits have by default."""
+    conv_fields = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("conv_")}
+    unknown = sorted(set(conv_fields) - set(CONV_FIELDS))
+    if unknown:
+        raise TypeError(f"{caller} knows no argument {unknown[0]!r}; the convolution is set by {list(CONV_FIELDS)}")
+    return {"conv_init": "identity", **conv_fields}
 
 
 class _NewConvolutions(DynConvLlamaForCausalLM):
@@ -89,9 +94,9 @@ def _retrofit_checkpoint(
         raise TypeError("retrofit() reads the config of the checkpoint: give the fields to change instead of config")
     shared = {key: kwargs[key] for key in SHARED_ARGUMENTS if key in kwargs}
     config, kwargs = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
-    _check_supported(config, repr(str(name_or_path)))
+    check_supported(config, repr(str(name_or_path)))
     model = _NewConvolutions.from_pretrained(
-        name_or_path, config=_extend_config(config, conv_fields), **{**kwargs, **shared}
+        name_or_path, config=extend_config(config, conv_fields), **{**kwargs, **shared}
     )
     model.__class__ = DynConvLlamaForCausalLM
     _check_convs_are_not_on_disk(model)
@@ -101,17 +106,17 @@ def _retrofit_checkpoint(
 
 
 def _retrofit_model(base: nn.Module, conv_fields: dict[str, Any]) -> DynConvLlamaForCausalLM:
-    _check_supported(getattr(base, "config", None), f"this {type(base).__name__}")
+    check_supported(getattr(base, "config", None), f"this {type(base).__name__}")
     if not isinstance(base, LlamaForCausalLM):
         raise ValueError(f"retrofit() supports {SUPPORTED}, got {type(base).__name__}: give it the LlamaForCausalLM")
     _check_in_one_place(base)
-    config = _extend_config(base.config, conv_fields)
+    config = extend_config(base.config, conv_fields)
     config._attn_implementation = base.config._attn_implementation
     with torch.device("meta"):
         model = DynConvLlamaForCausalLM(config)
     _share_weights(base, model)
     for new_layer, layer in zip(model.model.layers, base.model.layers, strict=True):
-        _materialize_convs(new_layer, device=layer.input_layernorm.weight.device, dtype=base.dtype)
+        materialize_convs(new_layer, device=layer.input_layernorm.weight.device, dtype=base.dtype)
     for name in QUANTIZATION_ATTRIBUTES:
         if hasattr(base, name):
             setattr(model, name, getattr(base, name))
@@ -149,7 +154,8 @@ def _check_in_one_place(base: LlamaForCausalLM) -> None:
         )
 
 
-def _check_supported(config: PreTrainedConfig | None, what: str) -> None:
+def check_supported(config: PreTrainedConfig | None, what: str) -> None:
+    """Refuses what is not a plain Llama; `what` names it in the message."""
     model_type = getattr(config, "model_type", None)
     if model_type == DynConvLlamaConfig.model_type:
         raise ValueError(
@@ -159,7 +165,8 @@ def _check_supported(config: PreTrainedConfig | None, what: str) -> None:
         raise ValueError(f"retrofit() supports {SUPPORTED}, but {what} has model_type {model_type!r}")
 
 
-def _extend_config(base: LlamaConfig, conv_fields: dict[str, Any]) -> DynConvLlamaConfig:
+def extend_config(base: LlamaConfig, conv_fields: dict[str, Any]) -> DynConvLlamaConfig:
+    """The config of a Llama, with convolutions."""
     values = base.to_dict()
     for key in ("model_type", "architectures", "auto_map"):
         values.pop(key, None)
@@ -184,7 +191,8 @@ def _share_weights(base: LlamaForCausalLM, model: DynConvLlamaForCausalLM) -> No
                 setattr(getattr(new_layer, block), name, module)
 
 
-def _materialize_convs(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def materialize_convs(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Starts the convolutions of a layer on the meta device; layer after layer, it draws as loading a model does."""
     for module in layer.modules():
         if isinstance(module, DynamicShortConv):
             module.to(dtype).to_empty(device=device)
