@@ -1,6 +1,7 @@
 """Which implementation runs: decided here, and told by `describe_implementation`."""
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
@@ -14,7 +15,25 @@ Implementation = Literal["auto", "triton", "reference"]
 _ALLOWED = ("auto", "triton", "reference")
 # The first GPUs whose matrix units take bfloat16.
 _LEAST_CAPABILITY = (8, 0)
-_TRITON_INSTALLED = find_spec("triton") is not None
+# The first that the kernels are tested with.
+_LEAST_TRITON = (3, 6)
+
+
+def _missing_triton() -> str | None:
+    """Why the installed Triton does not do; None where it does. Does not import it."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        # AMD's builds have another distribution name.
+        return None
+    if tuple(int(part) for part in found.split(".")[:2]) < _LEAST_TRITON:
+        return f"Triton is {found}, and the kernels need {'.'.join(map(str, _LEAST_TRITON))} or newer"
+    return None
+
+
+_MISSING_TRITON = _missing_triton()
 
 
 class Choice(NamedTuple):
@@ -83,8 +102,8 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run; None where they can."""
     if dtype == torch.float64:
         return "x is float64, which the Triton kernels do not compute in"
-    if not _TRITON_INSTALLED:
-        return "Triton is not installed"
+    if _MISSING_TRITON is not None:
+        return _MISSING_TRITON
     if device.type == "cpu":
         return None if os.environ.get("TRITON_INTERPRET") == "1" else "x is on the CPU, and TRITON_INTERPRET is not 1"
     if device.type != "cuda":

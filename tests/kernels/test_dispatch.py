@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dynconv_hf.kernels import describe_implementation, static_conv1d
+from dynconv_hf.kernels import describe_implementation, dispatch, static_conv1d
 
 ON_GPU = torch.cuda.is_available()
 
@@ -90,3 +90,14 @@ except ValueError as error:
     print(error)
 """
     assert in_new_process(code).count("Triton is not installed") == 2
+
+
+@pytest.mark.parametrize(("found", "fits"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True), ("4.0", True)])
+def test_an_old_triton_is_left_alone(found: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "version", lambda name: found)
+    reason = dispatch._missing_triton()
+    assert (reason is None) == fits
+    if not fits:
+        monkeypatch.setattr(dispatch, "_MISSING_TRITON", reason)
+        with pytest.raises(ValueError, match=r"Triton is 3\.5\.1, and the kernels need 3\.6 or newer"):
+            static_conv1d(torch.zeros(1, 2, 3), torch.zeros(4, 3), impl="triton")
