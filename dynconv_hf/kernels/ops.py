@@ -7,12 +7,18 @@ A module of kernels gives `forward(x, *filters, residual, positions, initial_sta
 that does not serve every input also gives `covers(x, <the same>) -> str | None`: None, or what it does not serve.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 __all__ = ["Kernels", "headwise", "lowrank", "lowrank_kernels", "static"]
+
+
+# Operators are known to the whole process. Copies of this code, as checkpoints bring them along, are packages of other
+# names, and must not take the place of each other's.
+_NAMESPACE = re.sub(r"\W", "_", __package__)
 
 
 class Kernels(NamedTuple):
@@ -69,7 +75,7 @@ def _wanted(
     return tuple(by_slot[slot] if slot in by_slot and ctx.needs_input_grad[slot] else None for slot in range(inputs))
 
 
-@torch.library.custom_op("dynconv_hf::lowrank", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::lowrank", mutates_args=())
 def lowrank(
     x: torch.Tensor,
     coefficients: torch.Tensor,
@@ -83,7 +89,7 @@ def lowrank(
     return kernels.forward(x, coefficients, basis, static_filter, residual, positions, initial_state)
 
 
-@torch.library.custom_op("dynconv_hf::lowrank_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::lowrank_backward", mutates_args=())
 def lowrank_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -123,7 +129,7 @@ def _lowrank_gradients(ctx, dy):
 lowrank.register_autograd(_lowrank_gradients, setup_context=_lowrank_setup)
 
 
-@torch.library.custom_op("dynconv_hf::headwise", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::headwise", mutates_args=())
 def headwise(
     x: torch.Tensor,
     filters: torch.Tensor,
@@ -135,7 +141,7 @@ def headwise(
     return _direct_kernels().forward(x, filters, static_filter, residual, positions, initial_state)
 
 
-@torch.library.custom_op("dynconv_hf::headwise_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::headwise_backward", mutates_args=())
 def headwise_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -173,7 +179,7 @@ def _headwise_gradients(ctx, dy):
 headwise.register_autograd(_headwise_gradients, setup_context=_headwise_setup)
 
 
-@torch.library.custom_op("dynconv_hf::static", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::static", mutates_args=())
 def static(
     x: torch.Tensor,
     static_filter: torch.Tensor,
@@ -184,7 +190,7 @@ def static(
     return _direct_kernels().forward(x, None, static_filter, residual, positions, initial_state)
 
 
-@torch.library.custom_op("dynconv_hf::static_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::static_backward", mutates_args=())
 def static_backward(
     dy: torch.Tensor,
     x: torch.Tensor,

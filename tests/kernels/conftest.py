@@ -1,12 +1,7 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be asked for before Triton is imported."""
-
-import os
+"""What tests of the kernels share: a GPU where there is one, else Triton's interpreter on the CPU."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
