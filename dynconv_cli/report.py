@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from dynconv_hf import DynConvLlamaConfig
 from dynconv_hf.checkpoint_files import TensorHeader, local_directory, open_shard, read_headers, weight_files
+from dynconv_hf.modeling.configuration_dynconv_llama import conv_name
 
 __all__ = ["make_report", "totals"]
 
@@ -95,7 +96,7 @@ def _distances(files: list[Path], config: DynConvLlamaConfig) -> list[dict[str, 
             if match := CONV.fullmatch(name):
                 layer, conv, _ = match.groups()
                 owners.setdefault((int(layer), conv), {})[name] = file
-    order = [target.removesuffix("_proj") + "_conv" for target in config.conv_targets]
+    order = [conv_name(target) for target in config.conv_targets]
     return [
         {"layer": layer, "conv": conv, **_distance(owners[layer, conv], config)}
         for layer, conv in sorted(owners, key=lambda owner: (owner[0], order.index(owner[1])))

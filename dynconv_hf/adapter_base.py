@@ -2,17 +2,15 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import fields
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from .modeling import DynConvLlamaConfig, DynConvLlamaForCausalLM
-from .retrofit import retrofit
+from .retrofit import CONV_FIELDS, retrofit
 
-__all__ = ["HUB_ARGUMENTS", "base_with_convs", "conv_fields_of", "listed"]
+__all__ = ["CONV_FIELDS", "HUB_ARGUMENTS", "base_with_convs", "conv_fields_of", "listed"]
 
-CONV_FIELDS = tuple(field.name for field in fields(DynConvLlamaConfig) if field.name.startswith("conv_"))
 MODE_OF_FIELD = {"conv_rank": "lowrank", "conv_head_size": "headwise"}
 # What reaches the Hub, for the adapter as for the base.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .adapter_base import HUB_ARGUMENTS, base_with_convs, conv_fields_of, listed
 from .modeling import DynamicShortConv, DynConvLlamaConfig
+from .modeling.configuration_dynconv_llama import conv_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -54,7 +55,7 @@ def lora_config(model: nn.Module, **lora_kwargs: Any) -> "LoraConfig":
         raise ValueError(f"lora_config() takes a DynConv model, got {type(model).__name__}: retrofit() it first")
     if "auto_mapping" in lora_kwargs:
         raise TypeError("lora_config() records the convolutions in auto_mapping itself: leave it out")
-    convs = sorted(f"{target.removesuffix('_proj')}_conv" for target in config.conv_targets)
+    convs = sorted(conv_name(target) for target in config.conv_targets)
     for argument in ("target_modules", "target_parameters"):
         _check_adapts_no_conv(argument, lora_kwargs.get(argument), convs)
     lora_kwargs.setdefault("target_modules", "all-linear")

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from ..hub import AUTO_MAP, code_files, write_code
 
-__all__ = ["CONV_TARGETS", "DynConvLlamaConfig"]
+__all__ = ["CONV_TARGETS", "DynConvLlamaConfig", "conv_name"]
 
 CONV_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONV_MODES = ("lowrank", "headwise", "static")
@@ -100,7 +100,7 @@ class DynConvLlamaConfig(LlamaConfig):
         plan = dict(self.__dict__.get("base_model_tp_plan", LlamaConfig.base_model_tp_plan))
         for linear, style in LlamaConfig.base_model_tp_plan.items():
             if linear.rsplit(".", 1)[-1] in self.conv_targets:
-                plan |= _conv_tp_plan(linear.removesuffix("_proj") + "_conv", style, self.conv_mode)
+                plan |= _conv_tp_plan(conv_name(linear), style, self.conv_mode)
         return plan
 
     @base_model_tp_plan.setter
@@ -169,6 +169,11 @@ class DynConvLlamaConfig(LlamaConfig):
                     f"conv_head_size must divide the output channels of every layer in conv_targets, got "
                     f"{self.conv_head_size} for {target} with {channels} channels"
                 )
+
+
+def conv_name(target: str) -> str:
+    """The convolution that follows the linear layer `target`: "q_conv" for "q_proj"."""
+    return target.removesuffix("_proj") + "_conv"
 
 
 def _conv_tp_plan(conv: str, linear_style: str, mode: str) -> dict[str, str]:

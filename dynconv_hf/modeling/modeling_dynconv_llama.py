@@ -33,7 +33,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from ..model_card import keep_users_card, prepare_card_for_push, write_model_card
-from .configuration_dynconv_llama import DynConvLlamaConfig
+from .configuration_dynconv_llama import DynConvLlamaConfig, conv_name
 from .dynamic_conv import DynamicShortConv
 from .parallel_styles import register_parallel_styles
 from .token_positions import token_positions
@@ -59,7 +59,7 @@ class ConvolvedProjections:
         self.conv_state_idx = {target: idx for idx, target in enumerate(config.conv_targets)}
         for target in targets:
             has_conv = target in config.conv_targets and config.has_conv(layer_idx)
-            setattr(self, _conv_name(target), build_conv(config, target) if has_conv else None)
+            setattr(self, conv_name(target), build_conv(config, target) if has_conv else None)
 
     def project(
         self,
@@ -70,7 +70,7 @@ class ConvolvedProjections:
     ) -> torch.Tensor:
         """The linear layer `target`, and its convolution if it has one: (B, T, in_features) to (B, T, D)."""
         x_BTD = getattr(self, target)(hidden_states)
-        conv = getattr(self, _conv_name(target))
+        conv = getattr(self, conv_name(target))
         if conv is None:
             return x_BTD
         initial_state = None
@@ -360,10 +360,6 @@ def _use_retrofit(name: str) -> str:
         f"To give a Llama checkpoint convolutions, use dynconv_hf.retrofit({name}): the model then starts equal to "
         "the original, instead of with random convolutions"
     )
-
-
-def _conv_name(target: str) -> str:
-    return target.removesuffix("_proj") + "_conv"
 
 
 def build_conv(config: DynConvLlamaConfig, target: str) -> DynamicShortConv:
