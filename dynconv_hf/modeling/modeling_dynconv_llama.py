@@ -34,6 +34,7 @@ from transformers.models.llama.modeling_llama import (
 
 from ..model_card import keep_users_card, prepare_card_for_push, write_model_card
 from .configuration_dynconv_llama import DynConvLlamaConfig, conv_name
+from .decode_step import decode_heads
 from .dynamic_conv import DynamicShortConv
 from .parallel_styles import register_parallel_styles
 from .token_positions import token_positions
@@ -114,8 +115,12 @@ class DynConvLlamaAttention(ConvolvedProjections, LlamaAttention):
             x_BTD = self.project(target, hidden_states, conv_positions, past_key_values)
             return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        query, key, value = project_to_heads("q_proj"), project_to_heads("k_proj"), project_to_heads("v_proj")
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        heads = decode_heads(self, hidden_states, position_embeddings, conv_positions, past_key_values)
+        if heads is None:
+            query, key, value = project_to_heads("q_proj"), project_to_heads("k_proj"), project_to_heads("v_proj")
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        else:
+            query, key, value = heads
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

@@ -1,0 +1,71 @@
+"""The decode step as a PyTorch operator, which changes the states in place; see `decode` for the kernel.
+
+Importing this module does not import Triton: the kernel is loaded when the operator first runs.
+"""
+
+import re
+
+import torch
+
+__all__ = ["decode_step"]
+
+# As in `ops`: copies of this code must not take the place of each other's operators.
+_NAMESPACE = re.sub(r"\W", "_", __package__)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::decode_step", mutates_args=("states",))
+def decode_step(
+    hidden_states: torch.Tensor,
+    xs: list[torch.Tensor],
+    filter_weights: list[torch.Tensor],
+    bases: list[torch.Tensor],
+    static_filters: list[torch.Tensor],
+    states: list[torch.Tensor],
+    positions: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    head_dim: int,
+    rotated: list[bool],
+    residual: bool,
+) -> list[torch.Tensor]:
+    """One token of the low-rank convolutions of a group of one to three tensors, for each sequence.
+
+    Args:
+        hidden_states: (B, 1, hidden), what makes the filters.
+        xs: (B, 1, D) each, with a D of its own and one dtype: float32, bfloat16 or float16.
+        filter_weights: (R, hidden) each; the coefficients have the weights' dtype.
+        bases: (R, W, D) each.
+        static_filters: (W, D) each, or none at all.
+        states: (B, D, W - 1) each, contiguous, of x's dtype: the inputs just before x, oldest first. They are
+            shifted in place.
+        positions: (B, 1) or (1, 1), integer; tap w counts only where `positions >= w`. None: every tap does.
+        cos, sin: (B, 1, rotary_dim) or (1, 1, rotary_dim), contiguous, of x's dtype, for RoPE after the convolution,
+            which turns the first `rotary_dim` channels of each head; None: no RoPE.
+        head_dim: the channels of a head, an even number.
+        rotated: for each tensor, whether RoPE turns it.
+        residual: add x to the output.
+
+    Returns:
+        The outputs, (B, 1, D) each, contiguous, in x's dtype. Every tensor of a list has the same dtype.
+    """
+    from .decode import decode_step
+
+    return decode_step(
+        hidden_states,
+        xs,
+        filter_weights,
+        bases,
+        static_filters,
+        states,
+        positions,
+        cos,
+        sin,
+        head_dim,
+        rotated,
+        residual,
+    )
+
+
+@decode_step.register_fake
+def _(hidden_states, xs, *others):
+    return [x.new_empty(x.shape) for x in xs]
