@@ -168,5 +168,7 @@ def _check_rotary(xs: list[torch.Tensor], rotary: Rotary) -> None:
         )
     for x, turns in zip(xs, rotated, strict=True):
         if turns and x.shape[-1] % head_dim:
-            raise ValueError(f"rotary.head_dim must divide the {x.shape[-1]} channels that are rotated, got {head_dim}")
+            raise ValueError(
+                f"rotary.head_dim must divide the {x.shape[-1]} channels that are rotated, got {head_dim}"
+            )
     check_device(xs[0], cos=cos, sin=sin)

@@ -43,9 +43,7 @@ def backward_group(
     positions: torch.Tensor | None,
     initial_states: Sequence[torch.Tensor] | None,
     rotary: Rotary | None,
-) -> tuple[
-    list[torch.Tensor], torch.Tensor, list[torch.Tensor], list[torch.Tensor] | None, list[torch.Tensor] | None
-]:
+) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor], list[torch.Tensor] | None, list[torch.Tensor] | None]:
     """dxs, dcoefficients, dbases, dstatic_filters, dinitial_states."""
     found = []
     for g, (dy, x) in enumerate(zip(dys, xs, strict=True)):
