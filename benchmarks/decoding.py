@@ -16,6 +16,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def measure(model: LlamaForCausalLM, way: str, args: argparse.Namespace, batch: 
         torch.cuda.synchronize()
     kernels = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
     row = {
-        "token_ms": statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)),
+        "token_ms": statistics.median(a.elapsed_time(b) for a, b in pairwise(events)),
         "device_ms": sum(event.self_device_time_total for event in kernels) / PROFILED / 1e3,
     }
     if args.kernels:

@@ -24,6 +24,18 @@ import torch.nn.functional as F
 from . import ops
 from .dispatch import Implementation, select_implementation
 from .reference import headwise_reference, lowrank_reference, static_reference
+from .validation import (
+    MAX_KERNEL_SIZE,
+    check_common,
+    check_device,
+    check_floating,
+    check_heads,
+    check_input,
+    check_kernel_size,
+    check_rank,
+    check_state,
+    check_tensor,
+)
 
 __all__ = [
     "MAX_KERNEL_SIZE",
@@ -34,8 +46,6 @@ __all__ = [
     "static_conv1d",
     "static_conv1d_update",
 ]
-
-MAX_KERNEL_SIZE = 8
 
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -71,18 +81,18 @@ def headwise_dynamic_conv1d(
         TypeError: an argument is not a tensor of the right kind.
         ValueError: a shape, a device or `impl` does not fit; the message holds the offending value.
     """
-    _check_input("x", x, "(B, T, D)", 3)
-    _check_floating("filters", filters)
+    check_input("x", x, "(B, T, D)", 3)
+    check_floating("filters", filters)
     if filters.ndim != 4 or filters.shape[:2] != x.shape[:2]:
         raise ValueError(
             f"filters must have shape (B, T, H, W) with B, T = {tuple(x.shape[:2])} as in x, "
             f"got {tuple(filters.shape)}"
         )
     heads, kernel_size = filters.shape[2:]
-    _check_kernel_size(kernel_size, "filters", filters)
-    _check_heads(heads, x.shape[-1])
-    _check_common(x, kernel_size, static_filter, positions, initial_state)
-    _check_device(x, filters=filters, static_filter=static_filter, positions=positions, initial_state=initial_state)
+    check_kernel_size(kernel_size, "filters", filters)
+    check_heads(heads, x.shape[-1])
+    check_common(x, kernel_size, static_filter, positions, initial_state)
+    check_device(x, filters=filters, static_filter=static_filter, positions=positions, initial_state=initial_state)
     if select_implementation(x, impl).name == "triton":
         y = ops.headwise(x, filters, static_filter, residual, positions, initial_state)
         return (y, _final_state(x, initial_state, kernel_size)) if return_final_state else y
@@ -126,25 +136,25 @@ def lowrank_dynamic_conv1d(
         TypeError: an argument is not a tensor of the right kind.
         ValueError: a shape, a device or `impl` does not fit; the message holds the offending value.
     """
-    _check_input("x", x, "(B, T, D)", 3)
-    _check_floating("coefficients", coefficients)
-    _check_floating("basis", basis)
+    check_input("x", x, "(B, T, D)", 3)
+    check_floating("coefficients", coefficients)
+    check_floating("basis", basis)
     if coefficients.ndim != 3 or coefficients.shape[:2] != x.shape[:2]:
         raise ValueError(
             f"coefficients must have shape (B, T, R) with B, T = {tuple(x.shape[:2])} as in x, "
             f"got {tuple(coefficients.shape)}"
         )
     rank, channels = coefficients.shape[-1], x.shape[-1]
-    _check_rank(rank, coefficients)
+    check_rank(rank, coefficients)
     if basis.ndim != 3 or basis.shape[0] != rank or basis.shape[2] != channels:
         raise ValueError(
             f"basis must have shape (R, W, D) with R = {rank} as in coefficients and D = {channels} as in x, "
             f"got {tuple(basis.shape)}"
         )
     kernel_size = basis.shape[1]
-    _check_kernel_size(kernel_size, "basis", basis)
-    _check_common(x, kernel_size, static_filter, positions, initial_state)
-    _check_device(
+    check_kernel_size(kernel_size, "basis", basis)
+    check_common(x, kernel_size, static_filter, positions, initial_state)
+    check_device(
         x,
         coefficients=coefficients,
         basis=basis,
@@ -192,14 +202,14 @@ def static_conv1d(
         TypeError: an argument is not a tensor of the right kind.
         ValueError: a shape, a device or `impl` does not fit; the message holds the offending value.
     """
-    _check_input("x", x, "(B, T, D)", 3)
-    _check_floating("static_filter", static_filter)
+    check_input("x", x, "(B, T, D)", 3)
+    check_floating("static_filter", static_filter)
     if static_filter.ndim != 2:
         raise ValueError(f"static_filter must have shape (W, D), got {tuple(static_filter.shape)}")
     kernel_size = static_filter.shape[0]
-    _check_kernel_size(kernel_size, "static_filter", static_filter)
-    _check_common(x, kernel_size, static_filter, positions, initial_state)
-    _check_device(x, static_filter=static_filter, positions=positions, initial_state=initial_state)
+    check_kernel_size(kernel_size, "static_filter", static_filter)
+    check_common(x, kernel_size, static_filter, positions, initial_state)
+    check_device(x, static_filter=static_filter, positions=positions, initial_state=initial_state)
     if select_implementation(x, impl).name == "triton":
         y = ops.static(x, static_filter, residual, positions, initial_state)
         return (y, _final_state(x, initial_state, kernel_size)) if return_final_state else y
@@ -233,8 +243,8 @@ def headwise_dynamic_conv1d_update(
     Returns:
         y (B, D) in x's dtype.
     """
-    _check_input("x", x, "(B, D)", 2)
-    _check_state(state)
+    check_input("x", x, "(B, D)", 2)
+    check_state(state)
     y, final_state = headwise_dynamic_conv1d(
         x.unsqueeze(1),
         _one_token("filters", filters),
@@ -274,8 +284,8 @@ def lowrank_dynamic_conv1d_update(
     Returns:
         y (B, D) in x's dtype.
     """
-    _check_input("x", x, "(B, D)", 2)
-    _check_state(state)
+    check_input("x", x, "(B, D)", 2)
+    check_state(state)
     y, final_state = lowrank_dynamic_conv1d(
         x.unsqueeze(1),
         _one_token("coefficients", coefficients),
@@ -313,8 +323,8 @@ def static_conv1d_update(
     Returns:
         y (B, D) in x's dtype.
     """
-    _check_input("x", x, "(B, D)", 2)
-    _check_state(state)
+    check_input("x", x, "(B, D)", 2)
+    check_state(state)
     y, final_state = static_conv1d(
         x.unsqueeze(1),
         static_filter,
@@ -346,85 +356,7 @@ def _one_token(name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Gives a tensor of one token the token dimension, (B, ...) to (B, 1, ...)."""
     if tensor is None:
         return None
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     if tensor.ndim == 0:
         raise ValueError(f"{name} must have a batch dimension, got a scalar")
     return tensor.unsqueeze(1)
-
-
-def _check_tensor(name: str, tensor: torch.Tensor) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-
-
-def _check_floating(name: str, tensor: torch.Tensor) -> None:
-    _check_tensor(name, tensor)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating tensor, got dtype {tensor.dtype}")
-
-
-def _check_input(name: str, x: torch.Tensor, shape: str, ndim: int) -> None:
-    _check_floating(name, x)
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    if x.ndim != ndim:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-
-
-def _check_kernel_size(kernel_size: int, name: str, tensor: torch.Tensor) -> None:
-    if not 1 <= kernel_size <= MAX_KERNEL_SIZE:
-        raise ValueError(
-            f"the kernel size W must be from 1 to {MAX_KERNEL_SIZE}, got {kernel_size} "
-            f"from {name} of shape {tuple(tensor.shape)}"
-        )
-
-
-def _check_heads(heads: int, channels: int) -> None:
-    if heads < 1 or channels % heads:
-        raise ValueError(f"the number of filter heads H must divide the channels D, got H = {heads}, D = {channels}")
-
-
-def _check_rank(rank: int, coefficients: torch.Tensor) -> None:
-    if rank < 1:
-        raise ValueError(f"the rank R must be at least 1, got coefficients of shape {tuple(coefficients.shape)}")
-
-
-def _check_state(state: torch.Tensor) -> None:
-    _check_floating("state", state)
-
-
-def _check_common(
-    x: torch.Tensor,
-    kernel_size: int,
-    static_filter: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-) -> None:
-    batch, tokens, channels = x.shape
-    if static_filter is not None:
-        _check_floating("static_filter", static_filter)
-        if static_filter.shape != (kernel_size, channels):
-            raise ValueError(
-                f"static_filter must have shape (W, D) = {(kernel_size, channels)}, got {tuple(static_filter.shape)}"
-            )
-    if positions is not None:
-        _check_tensor("positions", positions)
-        if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
-            raise TypeError(f"positions must be an integer tensor, got dtype {positions.dtype}")
-        if positions.shape not in ((batch, tokens), (1, tokens)):
-            raise ValueError(
-                f"positions must have shape (B, T) = {(batch, tokens)} or {(1, tokens)}, got {tuple(positions.shape)}"
-            )
-    if initial_state is not None:
-        _check_floating("initial_state", initial_state)
-        if initial_state.shape != (batch, kernel_size - 1, channels):
-            raise ValueError(
-                f"the state must have shape (B, W - 1, D) = {(batch, kernel_size - 1, channels)}, "
-                f"got {tuple(initial_state.shape)}"
-            )
-
-
-def _check_device(x: torch.Tensor, **others: torch.Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")

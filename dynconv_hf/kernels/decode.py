@@ -16,13 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .decode_ops import MAX_GROUP
 from .launch import INTERPRETED, on_device
 
-__all__ = ["MAX_GROUP", "decode_step"]
-
-MAX_GROUP = 3
+__all__ = ["decode_step"]
 
 _RANK_BLOCK = 16
+# Slots, of two channels each, that a program has: half as many where that makes it stay within a head.
+_SLOTS = 32
 _WARPS = 8
 
 
@@ -355,8 +356,8 @@ def decode_step(
     if batch == 0:
         return ys
     rank, kernel_size, _ = bases[0].shape
-    head_half = head_dim // 2
-    slots = min(32, triton.next_power_of_2(max(x.shape[-1] for x in xs)))
+    head_half = _SLOTS if cos is None else head_dim // 2
+    slots = _SLOTS if head_half % _SLOTS == 0 or head_half % (_SLOTS // 2) else _SLOTS // 2
     ends = [0]
     for x in xs:
         pairs = triton.cdiv(x.shape[-1], 2 * head_half) * head_half

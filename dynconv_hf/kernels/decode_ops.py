@@ -7,7 +7,10 @@ import re
 
 import torch
 
-__all__ = ["decode_step"]
+__all__ = ["MAX_GROUP", "decode_step"]
+
+# The kernel has so many slots for tensors.
+MAX_GROUP = 3
 
 # As in `ops`: copies of this code must not take the place of each other's operators.
 _NAMESPACE = re.sub(r"\W", "_", __package__)
@@ -40,8 +43,8 @@ def decode_step(
             shifted in place.
         positions: (B, 1) or (1, 1), integer; tap w counts only where `positions >= w`. None: every tap does.
         cos, sin: (B, 1, rotary_dim) or (1, 1, rotary_dim), contiguous, of x's dtype, for RoPE after the convolution,
-            which turns the first `rotary_dim` channels of each head; None: no RoPE.
-        head_dim: the channels of a head, an even number.
+            which turns the first `rotary_dim` (even) channels of each head; None: no RoPE.
+        head_dim: the channels of a head, which divide D where RoPE turns the tensor; not read without RoPE.
         rotated: for each tensor, whether RoPE turns it.
         residual: add x to the output.
 

@@ -1,6 +1,7 @@
 """Which implementation runs: decided here, and told by `describe_implementation`."""
 
 import os
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
@@ -8,8 +9,15 @@ from typing import Literal, NamedTuple
 import torch
 
 from . import ops
+from .rotary import Rotary
 
-__all__ = ["Choice", "Implementation", "describe_implementation", "select_implementation"]
+__all__ = [
+    "Choice",
+    "Implementation",
+    "describe_group_implementation",
+    "describe_implementation",
+    "select_implementation",
+]
 
 Implementation = Literal["auto", "triton", "reference"]
 _ALLOWED = ("auto", "triton", "reference")
@@ -69,9 +77,39 @@ def describe_implementation(
         return choice
     if coefficients is None or basis is None:
         return Choice("triton: direct", choice.reason)
-    kernels, why_not_faster = ops.lowrank_kernels(x, coefficients, basis, static_filter, positions, initial_state)
-    reasons = "; ".join(filter(None, (choice.reason, why_not_faster)))
-    return Choice(f"triton: {kernels.name}", reasons)
+    return _named(choice, *ops.lowrank_kernels(x, coefficients, basis, static_filter, positions, initial_state))
+
+
+def describe_group_implementation(
+    xs: Sequence[torch.Tensor],
+    coefficients: torch.Tensor,
+    bases: Sequence[torch.Tensor],
+    *,
+    static_filters: Sequence[torch.Tensor] | None = None,
+    positions: torch.Tensor | None = None,
+    initial_states: Sequence[torch.Tensor] | None = None,
+    rotary: Rotary | None = None,
+    impl: Implementation = "auto",
+) -> Choice:
+    """Which implementation `lowrank_dynamic_conv1d_group` runs with these arguments, and why.
+
+    Returns:
+        Choice(name, reason): name is "reference", "triton: lowrank_gluon" (one launch for the group), or
+        "triton: lowrank_one_by_one" (each tensor by the kernels that [`describe_implementation`] names, rotations in
+        eager PyTorch).
+
+    Raises:
+        ValueError: as for [`describe_implementation`].
+    """
+    choice = select_implementation(xs[0], impl)
+    if choice.name == "reference":
+        return choice
+    inputs = (xs, coefficients, bases, static_filters, positions, initial_states, rotary)
+    return _named(choice, *ops.lowrank_group_kernels(*inputs))
+
+
+def _named(choice: Choice, kernels: ops.Kernels, why_not_faster: str) -> Choice:
+    return Choice(f"triton: {kernels.name}", "; ".join(filter(None, (choice.reason, why_not_faster))))
 
 
 def select_implementation(x: torch.Tensor, impl: str) -> Choice:

@@ -5,15 +5,26 @@ Importing this module does not import Triton: the kernels are loaded when an ope
 A module of kernels gives `forward(x, *filters, residual, positions, initial_state) -> y` and
 `backward(dy, x, <the same>) -> gradients of x, the filters and the initial state`, None for what was not given. One
 that does not serve every input also gives `covers(x, <the same>) -> str | None`: None, or what it does not serve.
+For several tensors at once they are `forward_group`, `backward_group` and `covers_group`.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Kernels", "headwise", "lowrank", "lowrank_kernels", "static"]
+from .rotary import Rotary
+
+__all__ = [
+    "Kernels",
+    "headwise",
+    "lowrank",
+    "lowrank_group",
+    "lowrank_group_kernels",
+    "lowrank_kernels",
+    "static",
+]
 
 
 # Operators are known to the whole process. Copies of this code, as checkpoints bring them along, are packages of other
@@ -25,8 +36,8 @@ class Kernels(NamedTuple):
     """A set of kernels: the name of its module, and what launches them."""
 
     name: str
-    forward: Callable[..., torch.Tensor]
-    backward: Callable[..., tuple[torch.Tensor | None, ...]]
+    forward: Callable[..., Any]
+    backward: Callable[..., tuple[Any, ...]]
 
 
 def lowrank_kernels(
@@ -46,6 +57,26 @@ def lowrank_kernels(
     from .lowrank import backward, forward
 
     return Kernels("lowrank", forward, backward), f"not lowrank_gluon: {reason}"
+
+
+def lowrank_group_kernels(
+    xs: Sequence[torch.Tensor],
+    coefficients: torch.Tensor,
+    bases: Sequence[torch.Tensor],
+    static_filters: Sequence[torch.Tensor] | None,
+    positions: torch.Tensor | None,
+    initial_states: Sequence[torch.Tensor] | None,
+    rotary: Rotary | None,
+) -> tuple[Kernels, str]:
+    """The fastest kernels that serve a group of tensors, and why not faster ones."""
+    from .lowrank_gluon import backward_group, covers_group, forward_group
+
+    reason = covers_group(xs, coefficients, bases, static_filters, positions, initial_states, rotary)
+    if reason is None:
+        return Kernels("lowrank_gluon", forward_group, backward_group), ""
+    from .lowrank_one_by_one import backward_group, forward_group
+
+    return Kernels("lowrank_one_by_one", forward_group, backward_group), f"not lowrank_gluon: {reason}"
 
 
 def _direct_kernels() -> Kernels:
@@ -127,6 +158,99 @@ def _lowrank_gradients(ctx, dy):
 
 
 lowrank.register_autograd(_lowrank_gradients, setup_context=_lowrank_setup)
+
+
+# Operators know lists of tensors, but none that may be missing: an empty one stands for None.
+@torch.library.custom_op(f"{_NAMESPACE}::lowrank_group", mutates_args=())
+def lowrank_group(
+    xs: Sequence[torch.Tensor],
+    coefficients: torch.Tensor,
+    bases: Sequence[torch.Tensor],
+    static_filters: Sequence[torch.Tensor],
+    residual: bool,
+    positions: torch.Tensor | None,
+    initial_states: Sequence[torch.Tensor],
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    head_dim: int,
+    rotated: Sequence[bool],
+) -> list[torch.Tensor]:
+    rotary = None if cos is None else Rotary(cos, sin, head_dim, tuple(rotated))
+    filters = (coefficients, bases, static_filters or None)
+    kernels, _ = lowrank_group_kernels(xs, *filters, positions, initial_states or None, rotary)
+    return kernels.forward(xs, *filters, residual, positions, initial_states or None, rotary)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::lowrank_group_backward", mutates_args=())
+def lowrank_group_backward(
+    dys: Sequence[torch.Tensor],
+    xs: Sequence[torch.Tensor],
+    coefficients: torch.Tensor,
+    bases: Sequence[torch.Tensor],
+    static_filters: Sequence[torch.Tensor],
+    residual: bool,
+    positions: torch.Tensor | None,
+    initial_states: Sequence[torch.Tensor],
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    head_dim: int,
+    rotated: Sequence[bool],
+) -> list[torch.Tensor]:
+    """The gradients of xs, bases, static_filters, initial_states and coefficients, in a row."""
+    rotary = None if cos is None else Rotary(cos, sin, head_dim, tuple(rotated))
+    filters = (coefficients, bases, static_filters or None)
+    kernels, _ = lowrank_group_kernels(xs, *filters, positions, initial_states or None, rotary)
+    dxs, dcoefficients, dbases, dstatics, dstates = kernels.backward(
+        dys, xs, *filters, residual, positions, initial_states or None, rotary
+    )
+    return [*dxs, *dbases, *(dstatics or ()), *(dstates or ()), dcoefficients]
+
+
+@lowrank_group.register_fake
+def _(xs, coefficients, bases, static_filters, residual, positions, initial_states, cos, sin, head_dim, rotated):
+    return [x.new_empty(x.shape) for x in xs]
+
+
+@lowrank_group_backward.register_fake
+def _(dys, xs, coefficients, bases, static_filters, residual, positions, initial_states, cos, sin, head_dim, rotated):
+    return [a.new_empty(a.shape) for a in (*xs, *bases, *static_filters, *initial_states, coefficients)]
+
+
+def _lowrank_group_setup(ctx, inputs, output):
+    xs, coefficients, bases, static_filters, ctx.residual, positions, initial_states, *rotary = inputs
+    cos, sin, ctx.head_dim, ctx.rotated = rotary
+    ctx.sizes = (len(xs), len(bases), len(static_filters), len(initial_states))
+    ctx.save_for_backward(*xs, *bases, *static_filters, *initial_states, coefficients, positions, cos, sin)
+
+
+def _lowrank_group_gradients(ctx, dys):
+    lists, (coefficients, positions, cos, sin) = _cut(ctx.saved_tensors, ctx.sizes)
+    xs, bases, static_filters, initial_states = lists
+    filters = (coefficients, bases, static_filters)
+    rotary = (cos, sin, ctx.head_dim, ctx.rotated)
+    gradients = lowrank_group_backward(dys, xs, *filters, ctx.residual, positions, initial_states, *rotary)
+    lists, (dcoefficients,) = _cut(gradients, ctx.sizes)
+    needs = ctx.needs_input_grad
+    dxs, dbases, dstatics, dstates = (
+        [gradient if wanted else None for gradient, wanted in zip(found, needs[slot], strict=True)]
+        for found, slot in zip(lists, (0, 2, 3, 6), strict=True)
+    )
+    dcoefficients = dcoefficients if needs[1] else None
+    return dxs, dcoefficients, dbases, dstatics, None, None, dstates, None, None, None, None
+
+
+def _cut(
+    tensors: Sequence[torch.Tensor | None], sizes: Sequence[int]
+) -> tuple[list[list[torch.Tensor]], list[torch.Tensor | None]]:
+    """Lists of the given sizes from the front, and what is left."""
+    lists, start = [], 0
+    for size in sizes:
+        lists.append(list(tensors[start : start + size]))
+        start += size
+    return lists, list(tensors[start:])
+
+
+lowrank_group.register_autograd(_lowrank_group_gradients, setup_context=_lowrank_group_setup)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::headwise", mutates_args=())

@@ -40,6 +40,14 @@ class DynConvLlamaConfig(LlamaConfig):
             How new convolutions start. `"uniform"`: the static filter is drawn from U(-1/sqrt(W), 1/sqrt(W)) and the
             dynamic part starts at zero output, as in the paper. `"identity"`: both are zero, so that the model starts
             as the Llama it extends.
+        conv_recompute (`bool`, defaults to `False`):
+            Trade time for memory in training: what the convolutions read is not kept for the backward pass but made
+            again from the input of the linear layer. Takes effect where no cache is used (`use_cache=False`).
+        conv_fused (`bool`, defaults to `True`):
+            Make the filters after Q, K and V (gate and up) in one product, and with `conv_mode="lowrank"` convolve
+            and rotate them in one call of the kernels. `False` calls every convolution by itself, and transformers'
+            own `apply_rotary_pos_emb`. The last two fields say how the model is computed, not which model it is: they
+            may be changed at any time, also by `model.config.conv_fused = False`.
 
     Raises:
         TypeError, ValueError: a `conv_*` field does not fit; the message names the field, the value and what is
@@ -68,6 +76,8 @@ class DynConvLlamaConfig(LlamaConfig):
     conv_residual: bool = True
     conv_layers: list[int] | None = None
     conv_init: str = "uniform"
+    conv_recompute: bool = False
+    conv_fused: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Both follow from the convolution fields, so a checkpoint cannot say otherwise.
@@ -151,6 +161,8 @@ class DynConvLlamaConfig(LlamaConfig):
         _check_int("conv_head_size", self.conv_head_size)
         _check_bool("conv_static", self.conv_static)
         _check_bool("conv_residual", self.conv_residual)
+        _check_bool("conv_recompute", self.conv_recompute)
+        _check_bool("conv_fused", self.conv_fused)
         if self.conv_mode == "static" and not self.conv_static:
             raise ValueError('conv_static must be True with conv_mode="static", which has no other filter; got False')
         if self.conv_init == "identity" and not self.conv_residual:

@@ -1,130 +1,100 @@
-"""One token of attention's convolutions in one launch: when that is possible, and the call.
+"""One token of a group of convolutions in one launch, filters, states and RoPE included: where it serves, and the call.
 
-Everything else takes the way over the convolutions' own forward passes, which gives the same.
+Everything else takes the way over the whole sequence's operation, which gives the same.
 """
 
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from ..kernels.decode_ops import decode_step
+from ..kernels import Rotary
+from ..kernels.decode_ops import MAX_GROUP, decode_step
 from ..kernels.dispatch import select_implementation
-from .configuration_dynconv_llama import conv_name
-from .dynamic_conv import DynamicShortConv, FilterProjection
+from ..kernels.rotary import rotate
+from .conv_group import can_bypass_calls, rotary_of_group
+from .dynamic_conv import DynamicShortConv
 
 if TYPE_CHECKING:
-    from .modeling_dynconv_llama import DynConvLlamaAttention
+    from .modeling_dynconv_llama import ConvolvedProjections
 
-__all__ = ["decode_heads"]
-
-_TARGETS = ("q_proj", "k_proj", "v_proj")
+__all__ = ["step_group"]
 
 
-def decode_heads(
-    attention: "DynConvLlamaAttention",
+def step_group(
+    owner: "ConvolvedProjections",
+    convs: dict[str, DynamicShortConv],
+    xs: dict[str, torch.Tensor],
     hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
     positions: torch.Tensor | None,
     cache: Cache | None,
-) -> tuple[torch.Tensor, ...] | None:
-    """Queries and keys, turned by RoPE, and values of one token: (B, heads, 1, head_dim) each.
+    rotary: Rotary | None,
+) -> list[torch.Tensor] | None:
+    """The convolutions `convs` of some of `xs`, by target, for one token, then `rotary`: all of `xs`, (B, 1, D) each.
 
-    The states in the cache are left as the convolutions' own forward passes leave them. None where one launch does
-    not serve; nothing has happened then.
+    The states in the cache are left as `update_conv_state` leaves them. None where one launch does not serve; nothing
+    has happened then.
     """
-    if hidden_states.shape[1] != 1 or torch.is_grad_enabled() or cache is None:
+    if cache is None or hidden_states.shape[1] != 1 or torch.is_grad_enabled() or not 0 < len(convs) <= MAX_GROUP:
         return None
-    convs = {target: getattr(attention, conv_name(target)) for target in _TARGETS}
-    convs = {target: conv for target, conv in convs.items() if conv is not None}
-    cos, sin = position_embeddings
-    if not convs or not _serves(list(convs.values()), hidden_states, cos):
+    convolved = [xs[target] for target in convs]
+    modules = list(convs.values())
+    if not _serves(modules, convolved, hidden_states):
         return None
-    states = _states(attention, list(convs), cache, hidden_states)
+    states = _states(owner, convs, xs, cache)
     if states is None:
         return None
-
-    xs = {target: getattr(attention, target)(hidden_states) for target in _TARGETS}
-    rotates = "q_proj" in convs and "k_proj" in convs
+    fused = None if rotary is None else rotary_of_group(rotary, xs, convs)
     outputs = decode_step(
         hidden_states,
-        [xs[target] for target in convs],
-        [conv.filter_proj.weight for conv in convs.values()],
-        [conv.basis for conv in convs.values()],
-        [conv.static_filter for conv in convs.values() if conv.static_filter is not None],
+        convolved,
+        [conv.filter_proj.weight for conv in modules],
+        [conv.basis for conv in modules],
+        [conv.static_filter for conv in modules if conv.static_filter is not None],
         states,
         positions,
-        cos if rotates else None,
-        sin if rotates else None,
-        attention.head_dim,
-        [target != "v_proj" for target in convs],
-        next(iter(convs.values())).residual,
+        None if fused is None else fused.cos,
+        None if fused is None else fused.sin,
+        0 if fused is None else fused.head_dim,
+        [False] * len(convs) if fused is None else list(fused.rotated),
+        modules[0].residual,
     )
-    xs.update(zip(convs, outputs, strict=True))
-    query, key, value = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in xs.values())
-    if not rotates:
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
-    return query, key, value
+    ys = {**xs, **dict(zip(convs, outputs, strict=True))}
+    if rotary is None or fused is not None:
+        return list(ys.values())
+    return [rotate(y, rotary) if turns else y for y, turns in zip(ys.values(), rotary.rotated, strict=True)]
 
 
-def _serves(convs: list[nn.Module], hidden_states: torch.Tensor, cos: torch.Tensor) -> bool:
+def _serves(convs: list[DynamicShortConv], xs: list[torch.Tensor], hidden_states: torch.Tensor) -> bool:
     """Whether the kernel computes what these convolutions would."""
-    if not all(_is_plain(conv, hidden_states.device) for conv in convs):
-        return False
-    kinds = {
-        (conv.basis.shape[:2], conv.residual, *(None if p is None else p.dtype for p in _parameters(conv)))
-        for conv in convs
-    }
     return (
-        len(kinds) == 1
-        and cos.dtype == hidden_states.dtype
+        can_bypass_calls(convs, xs)
+        and convs[0].mode == "lowrank"
+        and convs[0].kernel_size > 1
+        and len({(conv.basis.dtype, conv.basis.device) for conv in convs}) == 1
+        and len({conv.static_filter.dtype for conv in convs if conv.static_filter is not None}) <= 1
+        and convs[0].basis.device == hidden_states.device == xs[0].device
         and not torch.is_autocast_enabled(hidden_states.device.type)
-        and select_implementation(hidden_states, "auto").name == "triton"
+        and select_implementation(xs[0], "auto").name == "triton"
     )
-
-
-def _is_plain(conv: nn.Module, device: torch.device) -> bool:
-    """Whether the module does what its class says: neither wrapped, nor hooked, nor divided among devices."""
-    if type(conv) is not DynamicShortConv or conv.mode != "lowrank" or conv.kernel_size == 1:
-        return False
-    if type(conv.filter_proj) is not FilterProjection or _is_hooked(conv) or _is_hooked(conv.filter_proj):
-        return False
-    return all(
-        p is None or (type(p) in (nn.Parameter, torch.Tensor) and p.device == device) for p in _parameters(conv)
-    )
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    # accelerate's hooks are an attribute in place of the class's `forward`.
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-def _parameters(conv: DynamicShortConv) -> tuple[torch.Tensor | None, ...]:
-    return conv.filter_proj.weight, conv.basis, conv.static_filter
 
 
 def _states(
-    attention: "DynConvLlamaAttention", targets: list[str], cache: Cache, hidden_states: torch.Tensor
+    owner: "ConvolvedProjections", convs: dict[str, DynamicShortConv], xs: dict[str, torch.Tensor], cache: Cache
 ) -> list[torch.Tensor] | None:
-    """The states of these targets in the cache; None where one is not what the kernel shifts in place."""
-    layer = cache.layers[attention.layer_idx]
+    """The convolutions' states in the cache; None where one is not what the kernel shifts in place."""
+    layer = cache.layers[owner.layer_idx]
     if cache.offloading or layer.record_past:
         return None
     states = []
-    for target in targets:
-        state_idx = attention.conv_state_idx[target]
+    for target, conv in convs.items():
+        state_idx, x = owner.conv_state_idx[target], xs[target]
         if not layer.has_previous_state[state_idx]:
             return None
         state = layer.conv_states[state_idx]
-        _, kernel_size, channels = getattr(attention, conv_name(target)).basis.shape
-        if (
-            state.shape != (hidden_states.shape[0], channels, kernel_size - 1)
-            or state.dtype != hidden_states.dtype
-            or state.device != hidden_states.device
-            or not state.is_contiguous()
-        ):
+        if state.shape != (x.shape[0], x.shape[2], conv.kernel_size - 1) or not state.is_contiguous():
+            return None
+        if state.dtype != x.dtype or state.device != x.device:
             return None
         states.append(state)
     return states

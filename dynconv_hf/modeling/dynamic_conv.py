@@ -1,7 +1,8 @@
 """The short convolution as a module: parameters, their start, and how a token makes its filter."""
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,10 @@ from torch import nn
 
 from ..kernels import MAX_KERNEL_SIZE, headwise_dynamic_conv1d, lowrank_dynamic_conv1d, static_conv1d
 
-__all__ = ["DynamicShortConv"]
+__all__ = ["DynamicShortConv", "FilterProjection", "has_plain_parameters", "stack_rows"]
+
+# cuBLAS is slow where rows of its result do not begin at a multiple of 16 bytes.
+ROWS = 16
 
 
 class FilterProjection(nn.Module):
@@ -26,7 +30,10 @@ class FilterProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden_states.to(self.weight.dtype), self.weight)
+        hidden_states = hidden_states.to(self.weight.dtype)
+        if self.out_features % ROWS == 0 or not has_plain_parameters(self):
+            return F.linear(hidden_states, self.weight)
+        return F.linear(hidden_states, stack_rows([self.weight]))[..., : self.out_features]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -138,15 +145,15 @@ class DynamicShortConv(nn.Module):
         Returns:
             y (B, T, channels) in x's dtype, or (y, final_state).
         """
-        options = {
-            "residual": self.residual,
-            "positions": positions,
-            "initial_state": initial_state,
-            "return_final_state": return_final_state,
-        }
+        filters = None if self.filter_proj is None else self.filter_proj(hidden_states)
+        options = {"initial_state": initial_state, "return_final_state": return_final_state}
+        return self.convolve(x, filters, positions=positions, **options)
+
+    def convolve(self, x: torch.Tensor, filters: torch.Tensor | None, **options: Any) -> Any:
+        """The convolution with filters (B, T, R or H * W) that `filter_proj` has made, None in mode "static"."""
+        options["residual"] = self.residual
         if self.mode == "static":
             return static_conv1d(x, self.static_filter, **options)
-        filters = self.filter_proj(hidden_states)
         if self.mode == "lowrank":
             return lowrank_dynamic_conv1d(x, filters, self.basis, static_filter=self.static_filter, **options)
         filters_BTHW = filters.unflatten(-1, (-1, self.kernel_size))
@@ -154,3 +161,20 @@ class DynamicShortConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, mode={self.mode!r}, kernel_size={self.kernel_size}, residual={self.residual}"
+
+
+def stack_rows(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Matrices (rows, N) above each other, each filled up with rows of zeros to a multiple of 16."""
+    zeros = weights[0].new_zeros(ROWS, weights[0].shape[1])
+    pieces = []
+    for weight in weights:
+        pieces.append(weight)
+        if weight.shape[0] % ROWS:
+            pieces.append(zeros[: -weight.shape[0] % ROWS])
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def has_plain_parameters(module: nn.Module) -> bool:
+    """Whether the module's own parameters are ordinary tensors: not divided over devices, not quantised."""
+    parameters = module._parameters.values()
+    return all(parameter is None or type(parameter) in (nn.Parameter, torch.Tensor) for parameter in parameters)

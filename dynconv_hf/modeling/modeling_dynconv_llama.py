@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
@@ -32,9 +33,11 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from ..kernels import Rotary
 from ..model_card import keep_users_card, prepare_card_for_push, write_model_card
 from .configuration_dynconv_llama import DynConvLlamaConfig, conv_name
-from .decode_step import decode_heads
+from .conv_group import can_group, convolve_group, rotary_of_group
+from .decode_step import step_group
 from .dynamic_conv import DynamicShortConv
 from .parallel_styles import register_parallel_styles
 from .token_positions import token_positions
@@ -64,21 +67,47 @@ class ConvolvedProjections:
 
     def project(
         self,
-        target: str,
+        targets: tuple[str, ...],
         hidden_states: torch.Tensor,
         conv_positions: torch.Tensor | None,
         past_key_values: Cache | None,
-    ) -> torch.Tensor:
-        """The linear layer `target`, and its convolution if it has one: (B, T, in_features) to (B, T, D)."""
-        x_BTD = getattr(self, target)(hidden_states)
-        conv = getattr(self, conv_name(target))
-        if conv is None:
-            return x_BTD
-        initial_state = None
-        if past_key_values is not None and conv.kernel_size > 1:
-            state_idx = self.conv_state_idx[target]
-            initial_state = _exchange_conv_state(past_key_values, x_BTD, self.layer_idx, state_idx, conv.kernel_size)
-        return conv(x_BTD, hidden_states, positions=conv_positions, initial_state=initial_state)
+        rotary: Rotary | None = None,
+        recompute: bool = False,
+    ) -> list[torch.Tensor]:
+        """The linear layers `targets`, each followed by its convolution if it has one: (B, T, D) for each.
+
+        `rotary` follows on queries and keys, the first two of them. With `recompute` nothing but the hidden states is
+        kept for the backward pass.
+        """
+        if recompute:
+            inputs = (targets, hidden_states, conv_positions, past_key_values, rotary)
+            return checkpoint(self.project, *inputs, use_reentrant=False)
+        xs_BTD = {target: getattr(self, target)(hidden_states) for target in targets}
+        convs = {target: conv for target in targets if (conv := getattr(self, conv_name(target))) is not None}
+        if self.config.conv_fused:
+            stepped = step_group(self, convs, xs_BTD, hidden_states, conv_positions, past_key_values, rotary)
+            if stepped is not None:
+                return stepped
+        states = {target: self.exchange_state(target, xs_BTD[target], past_key_values) for target in convs}
+        convolved = [xs_BTD[target] for target in convs]
+        if self.config.conv_fused and can_group(list(convs.values()), convolved):
+            fused = None if rotary is None else rotary_of_group(rotary, xs_BTD, convs)
+            ys_BTD = convolve_group(
+                list(convs.values()), convolved, hidden_states, conv_positions, list(states.values()), fused
+            )
+            xs_BTD.update(zip(convs, ys_BTD, strict=True))
+            rotary = rotary if fused is None else None
+        else:
+            for target, conv in convs.items():
+                xs_BTD[target] = conv(xs_BTD[target], hidden_states, conv_positions, states[target])
+        return list(xs_BTD.values()) if rotary is None else _rotate_heads(*xs_BTD.values(), rotary)
+
+    def exchange_state(self, target: str, x_BTD: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor | None:
+        """Hands what the convolution after `target` reads to the cache; returns what it read before, (B, W - 1, D)."""
+        kernel_size = getattr(self, conv_name(target)).kernel_size
+        if past_key_values is None or kernel_size == 1:
+            return None
+        return _exchange_conv_state(past_key_values, x_BTD, self.layer_idx, self.conv_state_idx[target], kernel_size)
 
 
 class DynConvLlamaMLP(ConvolvedProjections, LlamaMLP):
@@ -91,10 +120,11 @@ class DynConvLlamaMLP(ConvolvedProjections, LlamaMLP):
         hidden_states: torch.Tensor,
         past_key_values: Cache | None = None,
         conv_positions: torch.Tensor | None = None,
+        conv_recompute: bool = False,
     ) -> torch.Tensor:
-        gate = self.project("gate_proj", hidden_states, conv_positions, past_key_values)
-        up = self.project("up_proj", hidden_states, conv_positions, past_key_values)
-        return self.project("down_proj", self.act_fn(gate) * up, conv_positions, past_key_values)
+        context = {"conv_positions": conv_positions, "past_key_values": past_key_values, "recompute": conv_recompute}
+        gate, up = self.project(("gate_proj", "up_proj"), hidden_states, **context)
+        return self.project(("down_proj",), self.act_fn(gate) * up, **context)[0]
 
 
 class DynConvLlamaAttention(ConvolvedProjections, LlamaAttention):
@@ -109,21 +139,15 @@ class DynConvLlamaAttention(ConvolvedProjections, LlamaAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         conv_positions: torch.Tensor | None = None,
+        conv_recompute: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        def project_to_heads(target: str) -> torch.Tensor:
-            x_BTD = self.project(target, hidden_states, conv_positions, past_key_values)
-            return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-        heads = decode_heads(self, hidden_states, position_embeddings, conv_positions, past_key_values)
-        if heads is None:
-            query, key, value = project_to_heads("q_proj"), project_to_heads("k_proj"), project_to_heads("v_proj")
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        else:
-            query, key, value = heads
+        context = {"conv_positions": conv_positions, "past_key_values": past_key_values, "recompute": conv_recompute}
+        rotary = Rotary(*position_embeddings, self.head_dim, (True, True, False))
+        heads = self.project(("q_proj", "k_proj", "v_proj"), hidden_states, rotary=rotary, **context)
+        query, key, value = (x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x_BTD in heads)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -138,7 +162,7 @@ class DynConvLlamaAttention(ConvolvedProjections, LlamaAttention):
             **kwargs,
         )
         output = output.flatten(2).contiguous()
-        return self.project("o_proj", output, conv_positions, past_key_values), weights
+        return self.project(("o_proj",), output, **context)[0], weights
 
 
 class DynConvLlamaDecoderLayer(GradientCheckpointingLayer):
@@ -158,11 +182,19 @@ class DynConvLlamaDecoderLayer(GradientCheckpointingLayer):
         conv_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        # Where the whole layer is made again, its parts need not be. The cache must see its tokens once.
+        conv_recompute = (
+            self.self_attn.config.conv_recompute
+            and past_key_values is None
+            and torch.is_grad_enabled()
+            and not (self.gradient_checkpointing and self.training)
+        )
         attention_output, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             conv_positions=conv_positions,
+            conv_recompute=conv_recompute,
             **kwargs,
         )
         hidden_states = hidden_states + attention_output
@@ -170,6 +202,7 @@ class DynConvLlamaDecoderLayer(GradientCheckpointingLayer):
             self.post_attention_layernorm(hidden_states),
             past_key_values=past_key_values,
             conv_positions=conv_positions,
+            conv_recompute=conv_recompute,
         )
         return hidden_states + mlp_output
 
@@ -382,6 +415,13 @@ def build_conv(config: DynConvLlamaConfig, target: str) -> DynamicShortConv:
         init=config.conv_init,
         init_std=config.initializer_range,
     )
+
+
+def _rotate_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rotary: Rotary) -> list[torch.Tensor]:
+    """Queries and keys (B, T, D) rotated by transformers' own function."""
+    query, key = (x_BTD.unflatten(-1, (-1, rotary.head_dim)) for x_BTD in (query, key))
+    query, key = apply_rotary_pos_emb(query, key, rotary.cos, rotary.sin, unsqueeze_dim=2)
+    return [query.flatten(2), key.flatten(2), value]
 
 
 def _split_masks(mask: Any) -> tuple[Any, torch.Tensor | None]:

@@ -1,0 +1,110 @@
+"""Convolutions whose filters come from the same hidden states, as after Q, K and V: made together.
+
+Their filters are one matrix product, and in mode "lowrank" they are one call of the operation. This goes past the
+modules' own calls, and so it is for modules whose calls do nothing else: `can_bypass_calls` tells.
+
+Shape suffixes: B batch, T tokens, G tensors of a group, R rank, W kernel size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..kernels import Rotary, lowrank_dynamic_conv1d_group
+from .dynamic_conv import DynamicShortConv, FilterProjection, has_plain_parameters, stack_rows
+
+__all__ = ["can_bypass_calls", "can_group", "convolve_group", "rotary_of_group"]
+
+
+def can_group(convs: Sequence[nn.Module], xs: Sequence[torch.Tensor]) -> bool:
+    """Whether there is something to do together, and `convolve_group` does what these convolutions' calls would do."""
+    return len(convs) > 1 and can_bypass_calls(convs, xs)
+
+
+def can_bypass_calls(convs: Sequence[nn.Module], xs: Sequence[torch.Tensor]) -> bool:
+    """Whether these convolutions are of one kind, and their calls do nothing but convolve.
+
+    Not where somebody listens to a call or has put something else in its place: hooks, wrappers of PEFT, offloading,
+    tensor parallelism, a convolution that FSDP divides by itself.
+    """
+    return (
+        all(_is_untouched(conv, DynamicShortConv) for conv in convs)
+        and convs[0].filter_proj is not None
+        and all(conv.filter_proj is not None and _is_untouched(conv.filter_proj, FilterProjection) for conv in convs)
+        and all(_agree(conv, convs[0]) for conv in convs)
+        and all(x.dtype == xs[0].dtype and x.device == xs[0].device for x in xs)
+    )
+
+
+def convolve_group(
+    convs: Sequence[DynamicShortConv],
+    xs: Sequence[torch.Tensor],
+    hidden_states: torch.Tensor,
+    positions: torch.Tensor | None,
+    initial_states: Sequence[torch.Tensor | None],
+    rotary: Rotary | None = None,
+) -> list[torch.Tensor]:
+    """What the calls of `convs` give for `xs`; then `rotary`, which is for mode "lowrank"."""
+    weights = [conv.filter_proj.weight for conv in convs]
+    product = F.linear(hidden_states.to(weights[0].dtype), stack_rows(weights))
+    if convs[0].mode == "lowrank":
+        coefficients_BTGR = product.unflatten(-1, (len(convs), -1))[..., : weights[0].shape[0]]
+        return lowrank_dynamic_conv1d_group(
+            xs,
+            coefficients_BTGR,
+            [conv.basis for conv in convs],
+            static_filters=None if convs[0].static_filter is None else [conv.static_filter for conv in convs],
+            residual=convs[0].residual,
+            positions=positions,
+            # The cache has all of them, or, at its start, none.
+            initial_states=None if initial_states[0] is None else initial_states,
+            rotary=rotary,
+        )
+    # `split`, because the backward of slices would add up tensors that are zero nearly everywhere.
+    parts = product.split([stack_rows([weight]).shape[0] for weight in weights], dim=-1)
+    return [
+        conv.convolve(x, part[..., : weight.shape[0]], positions=positions, initial_state=state)
+        for conv, x, part, weight, state in zip(convs, xs, parts, weights, initial_states, strict=True)
+    ]
+
+
+def rotary_of_group(rotary: Rotary, xs: dict[str, torch.Tensor], convs: dict[str, DynamicShortConv]) -> Rotary | None:
+    """The rotation of `xs` as one for the tensors that `convs` convolve; None where it is not to be fused.
+
+    Args:
+        rotary: which of `xs` are rotated, and how.
+        xs: the outputs of linear layers, by target.
+        convs: the convolutions after some of them, by target; a group.
+    """
+    rotated = {target for target, turns in zip(xs, rotary.rotated, strict=True) if turns}
+    dtypes = {rotary.cos.dtype, rotary.sin.dtype, *(xs[target].dtype for target in rotated)}
+    fits = rotated <= convs.keys() and len(dtypes) == 1 and rotary.cos.shape[-1] == rotary.head_dim
+    if not fits or any(conv.mode != "lowrank" for conv in convs.values()):
+        return None
+    return rotary._replace(rotated=tuple(target in rotated for target in convs))
+
+
+def _is_untouched(module: nn.Module, expected: type[nn.Module]) -> bool:
+    return (
+        type(module) is expected
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and has_plain_parameters(module)
+    )
+
+
+def _agree(conv: DynamicShortConv, other: DynamicShortConv) -> bool:
+    weight, other_weight = conv.filter_proj.weight, other.filter_proj.weight
+    return (
+        conv.mode == other.mode
+        and conv.kernel_size == other.kernel_size
+        and conv.residual == other.residual
+        and (conv.static_filter is None) == (other.static_filter is None)
+        and (weight.dtype, weight.device) == (other_weight.dtype, other_weight.device)
+        and (conv.mode != "lowrank" or weight.shape == other_weight.shape)
+    )
