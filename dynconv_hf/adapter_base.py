@@ -7,10 +7,14 @@ from typing import Any
 from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from .modeling import DynConvLlamaConfig, DynConvLlamaForCausalLM
-from .retrofit import CONV_FIELDS, retrofit
+from .modeling.configuration_dynconv_llama import COMPUTATION_FIELDS
+from .retrofit import CONV_FIELDS as RETROFIT_FIELDS
+from .retrofit import retrofit
 
 __all__ = ["CONV_FIELDS", "HUB_ARGUMENTS", "base_with_convs", "conv_fields_of", "listed"]
 
+# What an adapter was trained with: which convolutions, not how they were computed.
+CONV_FIELDS = tuple(name for name in RETROFIT_FIELDS if name not in COMPUTATION_FIELDS)
 MODE_OF_FIELD = {"conv_rank": "lowrank", "conv_head_size": "headwise"}
 # What reaches the Hub, for the adapter as for the base.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")

@@ -30,7 +30,7 @@ def decode_step(
     head_dim: int,
     rotated: list[bool],
     residual: bool,
-) -> list[torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One token of the low-rank convolutions of a group of one to three tensors, for each sequence.
 
     Args:
@@ -49,11 +49,14 @@ def decode_step(
         residual: add x to the output.
 
     Returns:
-        The outputs, (B, 1, D) each, contiguous, in x's dtype. Every tensor of a list has the same dtype.
+        The outputs, (B, 1, D) each, contiguous, in x's dtype; empty tensors for those that the group does not have:
+        torch.compile knows no operators that change their inputs and return a list.
+
+    Every tensor of a list has the same dtype.
     """
     from .decode import decode_step
 
-    return decode_step(
+    outputs = decode_step(
         hidden_states,
         xs,
         filter_weights,
@@ -67,8 +70,13 @@ def decode_step(
         rotated,
         residual,
     )
+    return _fill_up(outputs, xs[0])
 
 
 @decode_step.register_fake
 def _(hidden_states, xs, *others):
-    return [x.new_empty(x.shape) for x in xs]
+    return _fill_up([x.new_empty(x.shape) for x in xs], xs[0])
+
+
+def _fill_up(outputs: list[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (*outputs, *[x.new_empty(0) for _ in range(MAX_GROUP - len(outputs))])

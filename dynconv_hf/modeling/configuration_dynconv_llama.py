@@ -12,6 +12,8 @@ __all__ = ["CONV_TARGETS", "DynConvLlamaConfig", "conv_name"]
 CONV_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONV_MODES = ("lowrank", "headwise", "static")
 CONV_INITS = ("uniform", "identity")
+# How the model is computed, not which model it is.
+COMPUTATION_FIELDS = ("conv_recompute", "conv_fused")
 MAX_KERNEL_SIZE = 8
 
 # Names in transformers' registry of parallel styles; what they do is in parallel_styles.py.
@@ -46,8 +48,8 @@ class DynConvLlamaConfig(LlamaConfig):
         conv_fused (`bool`, defaults to `True`):
             Make the filters after Q, K and V (gate and up) in one product, and with `conv_mode="lowrank"` convolve
             and rotate them in one call of the kernels. `False` calls every convolution by itself, and transformers'
-            own `apply_rotary_pos_emb`. The last two fields say how the model is computed, not which model it is: they
-            may be changed at any time, also by `model.config.conv_fused = False`.
+            own `apply_rotary_pos_emb`. Like `conv_recompute` it says how the model is computed, not which model it
+            is, and may be changed at any time: `model.config.conv_fused = False`.
 
     Raises:
         TypeError, ValueError: a `conv_*` field does not fit; the message names the field, the value and what is

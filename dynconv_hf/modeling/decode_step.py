@@ -1,4 +1,4 @@
-"""One token of a group of convolutions in one launch, filters, states and RoPE included: where it serves, and the call.
+"""One token of a group of convolutions in one launch, filters, states and RoPE included: where it serves.
 
 Everything else takes the way over the whole sequence's operation, which gives the same.
 """
@@ -59,7 +59,7 @@ def step_group(
         [False] * len(convs) if fused is None else list(fused.rotated),
         modules[0].residual,
     )
-    ys = {**xs, **dict(zip(convs, outputs, strict=True))}
+    ys = {**xs, **dict(zip(convs, outputs, strict=False))}
     if rotary is None or fused is not None:
         return list(ys.values())
     return [rotate(y, rotary) if turns else y for y, turns in zip(ys.values(), rotary.rotated, strict=True)]

@@ -79,11 +79,12 @@ class ConvolvedProjections:
         `rotary` follows on queries and keys, the first two of them. With `recompute` nothing but the hidden states is
         kept for the backward pass.
         """
-        if recompute:
+        convs = {target: getattr(self, conv_name(target)) for target in targets}
+        convs = {target: conv for target, conv in convs.items() if conv is not None}
+        if recompute and convs:
             inputs = (targets, hidden_states, conv_positions, past_key_values, rotary)
             return checkpoint(self.project, *inputs, use_reentrant=False)
         xs_BTD = {target: getattr(self, target)(hidden_states) for target in targets}
-        convs = {target: conv for target in targets if (conv := getattr(self, conv_name(target))) is not None}
         if self.config.conv_fused:
             stepped = step_group(self, convs, xs_BTD, hidden_states, conv_positions, past_key_values, rotary)
             if stepped is not None:

@@ -36,6 +36,8 @@ conv_fields = st.fixed_dictionaries(
         "conv_static": st.just(True),
         "conv_layers": st.one_of(st.none(), st.lists(st.integers(0, 2), min_size=1, unique=True)),
         "conv_init": st.sampled_from(configuration.CONV_INITS),
+        "conv_recompute": st.booleans(),
+        "conv_fused": st.booleans(),
     }
 )
 
@@ -47,6 +49,7 @@ def test_defaults():
     assert (config.conv_mode, config.conv_kernel_size, config.conv_rank) == ("lowrank", 4, 15)
     assert (config.conv_head_size, config.conv_static, config.conv_residual) == (16, True, True)
     assert (config.conv_layers, config.conv_init) == (None, "uniform")
+    assert (config.conv_recompute, config.conv_fused) == (False, True)
     assert configuration.MAX_KERNEL_SIZE == MAX_KERNEL_SIZE
 
 
@@ -113,6 +116,8 @@ def test_any_config_runs_caches_and_survives_a_file(tmp_path_factory, fields):
             'conv_static must be True with conv_mode="static"',
         ),
         ({"conv_residual": None}, TypeError, "conv_residual must be True or False, got None"),
+        ({"conv_recompute": 1}, TypeError, "conv_recompute must be True or False, got 1"),
+        ({"conv_fused": "yes"}, TypeError, "conv_fused must be True or False, got 'yes'"),
         ({"conv_init": "zeros"}, ValueError, r"conv_init must be one of \['uniform', 'identity'\], got 'zeros'"),
         ({"conv_init": "identity", "conv_residual": False}, ValueError, "conv_residual must be True with conv_init"),
     ],
