@@ -22,7 +22,7 @@ from .launch import INTERPRETED, on_device
 __all__ = ["decode_step"]
 
 _RANK_BLOCK = 16
-# Slots, of two channels each, that a program has: half as many where that makes it stay within a head.
+# Slots, of two channels each, that a program has.
 _SLOTS = 32
 _WARPS = 8
 
@@ -37,21 +37,30 @@ def _one_token_coefficients(
     CHUNKS: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """z (1, R), float32: a sum over lanes. A chunk is what a warp reads at a time."""
-    c_C, k_K = tl.arange(0, CHUNKS), tl.arange(0, BK)
-    z_R = tl.zeros((r_R.shape[0],), tl.float32)
-    for k in range(0, HIDDEN, CHUNKS * BK):
-        k_CK = k + c_C[:, None] * BK + k_K[None, :]
-        keep_CK = k_CK < HIDDEN
-        f_CRK = tl.load(
-            f_ptr + (r_R[None, :, None] * HIDDEN + k_CK[:, None, :]),
-            mask=(r_R < RANK)[None, :, None] & keep_CK[:, None, :],
-            other=0.0,
-        )
-        h_CK = tl.load(h_ptr + k_CK, mask=keep_CK, other=0.0).to(f_ptr.dtype.element_ty)
-        product_CRK = f_CRK.to(tl.float32) * h_CK[:, None, :].to(tl.float32)
-        z_R += tl.sum(tl.sum(product_CRK, 0), 1)
-    return z_R[None, :]
+    """z (1, R), float32: a sum over lanes, at its end.
+
+    A tile of BK columns is what the program's threads read at a time; CHUNKS of them are on their way together.
+    """
+    k_K = tl.arange(0, BK)
+    sum_RK = tl.zeros((r_R.shape[0], BK), tl.float32)
+    for start in range(0, HIDDEN, CHUNKS * BK):
+        tiles = ()
+        for c in tl.static_range(CHUNKS):
+            column_K = start + c * BK + k_K
+            keep_RK = (r_R < RANK)[:, None]
+            if HIDDEN % (CHUNKS * BK) > 0:
+                keep_RK = keep_RK & (column_K < HIDDEN)[None, :]
+                h_K = tl.load(h_ptr + column_K, mask=column_K < HIDDEN, other=0.0)
+            else:
+                h_K = tl.load(h_ptr + column_K)
+            f_RK = tl.load(f_ptr + (r_R[:, None] * HIDDEN + column_K[None, :]), mask=keep_RK, other=0.0)
+            tiles += ((f_RK, h_K),)
+        # Keeps the compiler from asking for a part only when another has come, to save registers.
+        tl.debug_barrier()
+        for c in tl.static_range(CHUNKS):
+            f_RK, h_K = tiles[c]
+            sum_RK += f_RK.to(tl.float32) * h_K[None, :].to(f_RK.dtype).to(tl.float32)
+    return tl.sum(sum_RK, 1)[None, :]
 
 
 @triton.jit
@@ -95,12 +104,12 @@ def _channels(block, BJ: tl.constexpr, HEAD_HALF: tl.constexpr, ROTARY_HALF: tl.
 
     RoPE turns the two together; past RoPE's part of a head, the rest is taken in pairs.
     """
-    slot = block * BJ
     if HEAD_HALF % BJ == 0:
-        # A block within a head: no division for each channel.
-        head, j_J = slot // HEAD_HALF * (2 * HEAD_HALF), slot % HEAD_HALF + tl.arange(0, BJ)
+        # Blocks within a head: no division for each channel, and wide loads.
+        blocks: tl.constexpr = HEAD_HALF // BJ
+        head, j_J = block // blocks * (2 * HEAD_HALF), block % blocks * BJ + tl.arange(0, BJ)
     else:
-        slot_J = slot + tl.arange(0, BJ)
+        slot_J = block * BJ + tl.arange(0, BJ)
         head, j_J = slot_J // HEAD_HALF * (2 * HEAD_HALF), slot_J % HEAD_HALF
     if ROTARY_HALF == HEAD_HALF:
         return head + j_J, head + j_J + HEAD_HALF, j_J
@@ -326,13 +335,17 @@ def _dot_type(*dtypes: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if dtypes[0] == torch.bfloat16 else tl.float16
 
 
-def _block_sizes(batch: int, hidden: int, filter_size: int) -> dict[str, int]:
+def _block_sizes(batch: int, hidden: int, filter_size: int, head_half: int) -> dict[str, int]:
     """Few classes of batch sizes, so that a new one rarely compiles a kernel."""
+    # Half as many slots where a block then stays within a head.
+    slots = _SLOTS if head_half % _SLOTS == 0 or head_half % (_SLOTS // 2) else _SLOTS // 2
+    common = {"BJ": slots, "STAGES": 4, "num_warps": _WARPS}
     if batch == 1:
-        # A warp reads a row of a chunk at a time, 16 bytes a lane.
-        chunk = 512 // filter_size
-        return {"BI": 1, "CHUNKS": min(8, triton.next_power_of_2(triton.cdiv(hidden, chunk))), "BK": chunk}
-    return {"BI": 16, "CHUNKS": _WARPS, "BK": 64 if filter_size == 2 else 16}
+        # 16 bytes for each thread.
+        columns = _WARPS * 32 * 16 // (_RANK_BLOCK * filter_size)
+        chunks = min(16, triton.next_power_of_2(triton.cdiv(hidden, columns)))
+        return {"BI": 1, "CHUNKS": chunks, "BK": columns, **common}
+    return {"BI": 16, "CHUNKS": _WARPS, "BK": 64 if filter_size == 2 else 16, **common}
 
 
 def decode_step(
@@ -357,7 +370,8 @@ def decode_step(
         return ys
     rank, kernel_size, _ = bases[0].shape
     head_half = _SLOTS if cos is None else head_dim // 2
-    slots = _SLOTS if head_half % _SLOTS == 0 or head_half % (_SLOTS // 2) else _SLOTS // 2
+    sizes = _block_sizes(batch, hidden, filter_weights[0].element_size(), head_half)
+    slots = sizes["BJ"]
     ends = [0]
     for x in xs:
         pairs = triton.cdiv(x.shape[-1], 2 * head_half) * head_half
@@ -368,7 +382,6 @@ def decode_step(
         """Slots that are not used hold a stand-in that the kernel does not read."""
         return [*(tensor.contiguous() for tensor in tensors), *[xs[0]] * (MAX_GROUP - len(tensors))]
 
-    sizes = _block_sizes(batch, hidden, filter_weights[0].element_size())
     with on_device(xs[0]):
         _decode_kernel[(ends[-1], triton.cdiv(batch, sizes["BI"]))](
             hidden_states.contiguous(),
@@ -398,12 +411,9 @@ def decode_step(
             ROTARY_HALF=head_half if cos is None else cos.shape[-1] // 2,
             WHOLE_BLOCKS=all(x.shape[-1] % (2 * head_half) == 0 and x.shape[-1] // 2 % slots == 0 for x in xs),
             TAPS=triton.next_power_of_2(kernel_size),
-            BJ=slots,
             BR=_RANK_BLOCK,
             PROJECTION_DOT=_dot_type(filter_weights[0].dtype),
             FILTER_DOT=_dot_type(filter_weights[0].dtype, bases[0].dtype),
-            STAGES=4,
-            num_warps=_WARPS,
             **sizes,
         )
     return ys
