@@ -380,7 +380,8 @@ def decode_step(
 
     def each(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Slots that are not used hold a stand-in that the kernel does not read."""
-        return [*(tensor.contiguous() for tensor in tensors), *[xs[0]] * (MAX_GROUP - len(tensors))]
+        tensors = [tensor.contiguous() for tensor in tensors] or [xs[0]]
+        return [*tensors, *[tensors[0]] * (MAX_GROUP - len(tensors))]
 
     with on_device(xs[0]):
         _decode_kernel[(ends[-1], triton.cdiv(batch, sizes["BI"]))](
@@ -389,7 +390,7 @@ def decode_step(
             *each(filter_weights),
             *each(bases),
             *each(static_filters),
-            *(*states, *[xs[0]] * (MAX_GROUP - len(states))),
+            *each(states),
             *each(ys),
             xs[0] if positions is None else positions,
             xs[0] if cos is None else cos.contiguous(),

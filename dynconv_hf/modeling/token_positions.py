@@ -99,8 +99,12 @@ def _from_seq_idx(seq_idx: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor
 def _since_start(starts: torch.Tensor, before: torch.Tensor | int = MAX_KERNEL_SIZE) -> torch.Tensor:
     """Tokens since the last start in each row of `starts` (B, T); where there is none, `before` more than the index.
 
+    The first token of a row is never marked: what lies before it is for `before` to say.
     The default for `before` is farther back than any tap reaches: it leaves the tokens before the row to the state.
     """
+    if starts.shape[1] == 1:
+        # Decoding: a scan over one token would cost launches for each.
+        return torch.zeros_like(starts, dtype=torch.int64) + before
     index = torch.arange(starts.shape[1], device=starts.device)
     last_start = torch.where(starts, index, -1).cummax(dim=1).values
     return torch.where(last_start >= 0, index - last_start, index + before)
