@@ -29,7 +29,7 @@ TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
 }
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 
 class Recorder:
