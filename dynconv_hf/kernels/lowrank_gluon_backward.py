@@ -17,6 +17,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from .lowrank_gluon_rotary import (
+    allocate_rotary_ring,
+    is_rotated,
+    load_rotary,
+    rotary_of_pair,
+    rotary_rows,
+    rotary_source,
+    rotate_back,
+    rotation_sign,
+)
 from .run_permuted_layout import (
     RANKS,
     RUNS,
@@ -127,16 +137,32 @@ def lowrank_backward_kernel(
     dy_offsets = copy_offsets(rows, D, HEAD_DIM, WARPS)
     x_source = x_ptr
     dy_source = dy_ptr
+    # How many pairs to copy: past the end of a run none, and beyond the sequence none.
+    pairs_of_row = gl.minimum((left + 1 - rows) // 2, pairs) if TAIL else pairs
+    if HEAD_DIM > 0:
+        rotated = is_rotated(ROTATED, member, T)
+        angles_ring = allocate_rotary_ring(STAGES, HEAD_DIM)
+        angles_rows = rotary_rows(L, HEAD_DIM, WARPS)
+        angles_token = batch * rotary_tokens + start
+        cos_ptr += angles_token * HEAD_DIM
+        sin_ptr += angles_token * HEAD_DIM
+        angles_source = rotary_source(cos_ptr, sin_ptr, angles_rows, HEAD_DIM, WARPS)
+        angles_pairs = gl.where(rotated, pairs, 0)
+        if TAIL:
+            angles_pairs = gl.minimum((left + 1 - angles_rows) // 2, angles_pairs)
     for stage in gl.static_range(STAGES - 1):
         if TAIL:
-            async_load(x_ring.index(stage), x_source + x_offsets, mask=rows + 2 * stage < left)
-            async_load(dy_ring.index(stage), dy_source + dy_offsets, mask=rows + 2 * stage < left)
+            async_load(x_ring.index(stage), x_source + x_offsets, mask=stage + rows * 0 < pairs_of_row)
+            async_load(dy_ring.index(stage), dy_source + dy_offsets, mask=stage + rows * 0 < pairs_of_row)
         else:
             async_load(x_ring.index(stage), x_source + x_offsets)
             async_load(dy_ring.index(stage), dy_source + dy_offsets)
-        async_copy.commit_group()
         x_source += 2 * x_stride
         dy_source += 2 * D
+        if HEAD_DIM > 0:
+            async_load(angles_ring.index(stage), angles_source, mask=stage + angles_rows * 0 < angles_pairs)
+            angles_source += 2 * HEAD_DIM
+        async_copy.commit_group()
 
     x_3 = load_halo(x_ptr, state_ptr, 3, start, T, L, x_stride, D, HEAD_DIM, WARPS)
     x_2 = load_halo(x_ptr, state_ptr, 2, start, T, L, x_stride, D, HEAD_DIM, WARPS)
@@ -178,6 +204,8 @@ def lowrank_backward_kernel(
     # An offset, not a pointer: it serves dx and, after the runs, dy; pointers would not fit into the registers.
     offset = run * D + channels
     left_of_run = left - run
+    if HEAD_DIM > 0:
+        sign = rotation_sign(WARPS)
     # What dx of the last three tokens has so far.
     dx_3 = gl.zeros([WARPS, RUNS, WARP_CHANNELS], gl.float32, lanes)
     dx_2 = dx_3
@@ -188,14 +216,21 @@ def lowrank_backward_kernel(
         dy_0, dy_next = tokens_of_pair(dy_ring.index(pair % STAGES), WARPS)
         # The copies past the end are masked, not skipped: the count of groups in flight stays the same.
         ahead = pair + STAGES - 1
-        mask = rows * 0 + ahead < pairs
-        if TAIL:
-            mask = mask & (rows + 2 * ahead < left)
+        mask = ahead + rows * 0 < pairs_of_row
         async_load(x_ring.index(ahead % STAGES), x_source + x_offsets, mask=mask)
         async_load(dy_ring.index(ahead % STAGES), dy_source + dy_offsets, mask=mask)
-        async_copy.commit_group()
         x_source += 2 * x_stride
         dy_source += 2 * D
+        if HEAD_DIM > 0:
+            mask = ahead + angles_rows * 0 < angles_pairs
+            async_load(angles_ring.index(ahead % STAGES), angles_source, mask=mask)
+            angles_source += 2 * HEAD_DIM
+        async_copy.commit_group()
+        if HEAD_DIM > 0:
+            if rotated:
+                cos, sin, cos_next, sin_next = rotary_of_pair(angles_ring.index(pair % STAGES), HEAD_DIM, WARPS)
+                dy_0 = rotate_back(dy_0, cos, sin, sign)
+                dy_next = rotate_back(dy_next, cos_next, sin_next, sign)
 
         reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(WARPS))
 
@@ -262,6 +297,19 @@ def lowrank_backward_kernel(
     dy_0 = gl.load(after, mask=left_after > 0, other=0.0)
     dy_next = gl.load(after + D, mask=left_after > 1, other=0.0)
     dy_last = gl.load(after + 2 * D, mask=left_after > 2, other=0.0)
+    if HEAD_DIM > 0:
+        if rotated:
+            cos_ptr += L * HEAD_DIM
+            sin_ptr += L * HEAD_DIM
+            cos = load_rotary(cos_ptr, run, left_after > 0, HEAD_DIM, WARPS)
+            sin = load_rotary(sin_ptr, run, left_after > 0, HEAD_DIM, WARPS)
+            dy_0 = rotate_back(dy_0, cos, sin, sign)
+            cos = load_rotary(cos_ptr, run + 1, left_after > 1, HEAD_DIM, WARPS)
+            sin = load_rotary(sin_ptr, run + 1, left_after > 1, HEAD_DIM, WARPS)
+            dy_next = rotate_back(dy_next, cos, sin, sign)
+            cos = load_rotary(cos_ptr, run + 2, left_after > 2, HEAD_DIM, WARPS)
+            sin = load_rotary(sin_ptr, run + 2, left_after > 2, HEAD_DIM, WARPS)
+            dy_last = rotate_back(dy_last, cos, sin, sign)
     reach = None if positions_ptr is None else reach_after_shared.index(0).load(row_layout(WARPS))
     reach_last = None if positions_ptr is None else reach_after_shared.index(1).load(row_layout(WARPS))
     z_operand = z_after_shared.index(0).load(gl.DotOperandLayout(0, mma, 2))

@@ -8,6 +8,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from .lowrank_gluon_rotary import (
+    allocate_rotary_ring,
+    is_rotated,
+    rotary_of_pair,
+    rotary_rows,
+    rotary_source,
+    rotate,
+    rotation_sign,
+)
 from .run_permuted_layout import (
     RANKS,
     RUNS,
@@ -92,13 +101,29 @@ def lowrank_forward_kernel(
     ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, RUNS, BLOCK], ring_layout())
     rows = copy_rows(L, WARPS)
     source = x_ptr + copy_offsets(rows, x_stride, HEAD_DIM, WARPS)
+    # How many pairs to copy: past the end of a run none, and beyond the sequence none.
+    pairs_of_row = gl.minimum((left + 1 - rows) // 2, PAIRS) if TAIL else PAIRS + rows * 0
+    if HEAD_DIM > 0:
+        rotated = is_rotated(ROTATED, member, T)
+        angles_ring = allocate_rotary_ring(STAGES, HEAD_DIM)
+        angles_rows = rotary_rows(L, HEAD_DIM, WARPS)
+        angles_token = batch * rotary_tokens + start
+        cos_ptr += angles_token * HEAD_DIM
+        sin_ptr += angles_token * HEAD_DIM
+        angles_source = rotary_source(cos_ptr, sin_ptr, angles_rows, HEAD_DIM, WARPS)
+        angles_pairs = gl.where(rotated, PAIRS, 0) + angles_rows * 0
+        if TAIL:
+            angles_pairs = gl.minimum((left + 1 - angles_rows) // 2, angles_pairs)
     for stage in gl.static_range(STAGES - 1):
         if TAIL:
-            async_load(ring.index(stage), source, mask=rows + 2 * stage < left)
+            async_load(ring.index(stage), source, mask=stage < pairs_of_row)
         else:
             async_load(ring.index(stage), source)
-        async_copy.commit_group()
         source += 2 * x_stride
+        if HEAD_DIM > 0:
+            async_load(angles_ring.index(stage), angles_source, mask=stage < angles_pairs)
+            angles_source += 2 * HEAD_DIM
+        async_copy.commit_group()
 
     x_3 = load_halo(x_ptr, state_ptr, 3, start, T, L, x_stride, D, HEAD_DIM, WARPS)
     x_2 = load_halo(x_ptr, state_ptr, 2, start, T, L, x_stride, D, HEAD_DIM, WARPS)
@@ -113,17 +138,18 @@ def lowrank_forward_kernel(
     zero = gl.zeros([2 * RUNS, TAPS * BLOCK], gl.float32, mma)
 
     destination = y_ptr + (run_starts(L, WARPS) * D + lane_channels(HEAD_DIM, WARPS))
+    sign = rotation_sign(WARPS) if HEAD_DIM > 0 else None
     left_of_run = left - run_starts(L, WARPS)
     for pair in range(PAIRS):
         async_copy.wait_group(STAGES - 2)
         # The copies past the end are masked, not skipped: the count of groups in flight stays the same.
         ahead = pair + STAGES - 1
-        mask = rows * 0 + ahead < PAIRS
-        if TAIL:
-            mask = mask & (rows + 2 * ahead < left)
-        async_load(ring.index(ahead % STAGES), source, mask=mask)
-        async_copy.commit_group()
+        async_load(ring.index(ahead % STAGES), source, mask=ahead < pairs_of_row)
         source += 2 * x_stride
+        if HEAD_DIM > 0:
+            async_load(angles_ring.index(ahead % STAGES), angles_source, mask=ahead < angles_pairs)
+            angles_source += 2 * HEAD_DIM
+        async_copy.commit_group()
 
         x_0, x_next = tokens_of_pair(ring.index(pair % STAGES), WARPS)
         z_operand = z_shared.index(pair).load(gl.DotOperandLayout(0, mma, 2))
@@ -132,6 +158,11 @@ def lowrank_forward_kernel(
 
         y = filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, reach, 0, RESIDUAL)
         y_next = filtered(x_next, x_0, x_1, x_2, n_0, n_1, n_2, n_3, reach, 4, RESIDUAL)
+        if HEAD_DIM > 0:
+            if rotated:
+                cos, sin, cos_next, sin_next = rotary_of_pair(angles_ring.index(pair % STAGES), HEAD_DIM, WARPS)
+                y = rotate(y, cos, sin, sign)
+                y_next = rotate(y_next, cos_next, sin_next, sign)
         if TAIL:
             gl.store(destination, y, mask=2 * pair < left_of_run)
             gl.store(destination + D, y_next, mask=2 * pair + 1 < left_of_run)

@@ -156,8 +156,11 @@ def channel_of(position, HEAD_DIM: gl.constexpr):
     if HEAD_DIM <= WARP_CHANNELS:
         return position
     else:
-        first = position // HEAD_DIM * HEAD_DIM + position % WARP_CHANNELS // 16 * (HEAD_DIM // 2)
-        return first + position % HEAD_DIM // WARP_CHANNELS * 16 + position % 16
+        # As the position and a shift of whole pieces, from which the compiler sees that pieces stay whole.
+        pieces: gl.constexpr = HEAD_DIM // 16
+        piece = position // 16
+        source = piece // pieces * pieces + piece % 2 * (pieces // 2) + piece % pieces // 2
+        return position + (source - piece) * 16
 
 
 @gluon.jit
