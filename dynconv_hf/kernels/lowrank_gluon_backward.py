@@ -20,11 +20,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from .lowrank_gluon_rotary import (
     allocate_rotary_ring,
     is_rotated,
-    load_rotary,
-    rotary_of_pair,
     rotary_rows,
     rotary_source,
-    rotate_back,
+    rotate_after_runs,
+    rotate_pair,
     rotation_sign,
 )
 from .run_permuted_layout import (
@@ -141,6 +140,7 @@ def lowrank_backward_kernel(
     pairs_of_row = gl.minimum((left + 1 - rows) // 2, pairs) if TAIL else pairs
     if HEAD_DIM > 0:
         rotated = is_rotated(ROTATED, member, T)
+        sign = rotation_sign(1, WARPS)
         angles_ring = allocate_rotary_ring(STAGES, HEAD_DIM)
         angles_rows = rotary_rows(L, HEAD_DIM, WARPS)
         angles_token = batch * rotary_tokens + start
@@ -197,15 +197,13 @@ def lowrank_backward_kernel(
     )
     dz_element = gl.arange(0, 2 * RUNS * RANKS, gl.SliceLayout(0, dz_sum_layout))
     dz_plane = gl.program_id(0).to(gl.int64) * gl.num_programs(1) * gl.num_programs(2)
-    dz_destination = dz_partial_ptr + (dz_plane + chunk) * (RUNS * RANKS) * L + dz_element
+    dz_destination = dz_partial_ptr + (dz_plane + chunk) * (RUNS * RANKS) * L
 
     run = run_starts(L, WARPS)
     channels = lane_channels(HEAD_DIM, WARPS)
     # An offset, not a pointer: it serves dx and, after the runs, dy; pointers would not fit into the registers.
     offset = run * D + channels
     left_of_run = left - run
-    if HEAD_DIM > 0:
-        sign = rotation_sign(WARPS)
     # What dx of the last three tokens has so far.
     dx_3 = gl.zeros([WARPS, RUNS, WARP_CHANNELS], gl.float32, lanes)
     dx_2 = dx_3
@@ -227,10 +225,8 @@ def lowrank_backward_kernel(
             angles_source += 2 * HEAD_DIM
         async_copy.commit_group()
         if HEAD_DIM > 0:
-            if rotated:
-                cos, sin, cos_next, sin_next = rotary_of_pair(angles_ring.index(pair % STAGES), HEAD_DIM, WARPS)
-                dy_0 = rotate_back(dy_0, cos, sin, sign)
-                dy_next = rotate_back(dy_next, cos_next, sin_next, sign)
+            angles = angles_ring.index(pair % STAGES)
+            dy_0, dy_next = rotate_pair(dy_0, dy_next, rotated, angles, sign, HEAD_DIM, WARPS)
 
         reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(WARPS))
 
@@ -285,7 +281,7 @@ def lowrank_backward_kernel(
 
         dz_shared.store(dz.reshape([WARPS, 2 * RUNS * RANKS]))
         dz_pair = gl.sum(dz_shared.load(dz_sum_layout), axis=0)
-        gl.store(dz_destination, dz_pair.to(dz_partial_ptr.dtype.element_ty))
+        gl.store(dz_destination + dz_element, dz_pair.to(dz_partial_ptr.dtype.element_ty))
         dz_destination += 2 * RUNS * RANKS
         x_3 = x_1
         x_2 = x_0
@@ -298,18 +294,9 @@ def lowrank_backward_kernel(
     dy_next = gl.load(after + D, mask=left_after > 1, other=0.0)
     dy_last = gl.load(after + 2 * D, mask=left_after > 2, other=0.0)
     if HEAD_DIM > 0:
-        if rotated:
-            cos_ptr += L * HEAD_DIM
-            sin_ptr += L * HEAD_DIM
-            cos = load_rotary(cos_ptr, run, left_after > 0, HEAD_DIM, WARPS)
-            sin = load_rotary(sin_ptr, run, left_after > 0, HEAD_DIM, WARPS)
-            dy_0 = rotate_back(dy_0, cos, sin, sign)
-            cos = load_rotary(cos_ptr, run + 1, left_after > 1, HEAD_DIM, WARPS)
-            sin = load_rotary(sin_ptr, run + 1, left_after > 1, HEAD_DIM, WARPS)
-            dy_next = rotate_back(dy_next, cos, sin, sign)
-            cos = load_rotary(cos_ptr, run + 2, left_after > 2, HEAD_DIM, WARPS)
-            sin = load_rotary(sin_ptr, run + 2, left_after > 2, HEAD_DIM, WARPS)
-            dy_last = rotate_back(dy_last, cos, sin, sign)
+        dy_0, dy_next, dy_last = rotate_after_runs(
+            dy_0, dy_next, dy_last, rotated, cos_ptr, sin_ptr, left_after, L, sign, HEAD_DIM, WARPS
+        )
     reach = None if positions_ptr is None else reach_after_shared.index(0).load(row_layout(WARPS))
     reach_last = None if positions_ptr is None else reach_after_shared.index(1).load(row_layout(WARPS))
     z_operand = z_after_shared.index(0).load(gl.DotOperandLayout(0, mma, 2))
@@ -384,9 +371,7 @@ def joined(g_0, g_1, g_2, g_3, n_0, n_1, n_2, n_3, warps: gl.constexpr):
 
 
 @gluon.jit
-def store_du(
-    du, destination, R: gl.constexpr, D, STATIC: gl.constexpr, HEAD_DIM: gl.constexpr, warps: gl.constexpr
-):
+def store_du(du, destination, R: gl.constexpr, D, STATIC: gl.constexpr, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
     """du from the order of products' columns to [16, TAPS, channels], and only the ranks in use to memory."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [warps, 1, 1], [2, 1, 0])
     columns = du.reshape([RANKS, TAPS, 4, warps, 4, 2]).permute([0, 1, 3, 4, 2, 5])

@@ -11,10 +11,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from .lowrank_gluon_rotary import (
     allocate_rotary_ring,
     is_rotated,
-    rotary_of_pair,
     rotary_rows,
     rotary_source,
-    rotate,
+    rotate_pair,
     rotation_sign,
 )
 from .run_permuted_layout import (
@@ -105,6 +104,7 @@ def lowrank_forward_kernel(
     pairs_of_row = gl.minimum((left + 1 - rows) // 2, PAIRS) if TAIL else PAIRS + rows * 0
     if HEAD_DIM > 0:
         rotated = is_rotated(ROTATED, member, T)
+        sign = rotation_sign(-1, WARPS)
         angles_ring = allocate_rotary_ring(STAGES, HEAD_DIM)
         angles_rows = rotary_rows(L, HEAD_DIM, WARPS)
         angles_token = batch * rotary_tokens + start
@@ -138,7 +138,6 @@ def lowrank_forward_kernel(
     zero = gl.zeros([2 * RUNS, TAPS * BLOCK], gl.float32, mma)
 
     destination = y_ptr + (run_starts(L, WARPS) * D + lane_channels(HEAD_DIM, WARPS))
-    sign = rotation_sign(WARPS) if HEAD_DIM > 0 else None
     left_of_run = left - run_starts(L, WARPS)
     for pair in range(PAIRS):
         async_copy.wait_group(STAGES - 2)
@@ -159,10 +158,7 @@ def lowrank_forward_kernel(
         y = filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, reach, 0, RESIDUAL)
         y_next = filtered(x_next, x_0, x_1, x_2, n_0, n_1, n_2, n_3, reach, 4, RESIDUAL)
         if HEAD_DIM > 0:
-            if rotated:
-                cos, sin, cos_next, sin_next = rotary_of_pair(angles_ring.index(pair % STAGES), HEAD_DIM, WARPS)
-                y = rotate(y, cos, sin, sign)
-                y_next = rotate(y_next, cos_next, sin_next, sign)
+            y, y_next = rotate_pair(y, y_next, rotated, angles_ring.index(pair % STAGES), sign, HEAD_DIM, WARPS)
         if TAIL:
             gl.store(destination, y, mask=2 * pair < left_of_run)
             gl.store(destination + D, y_next, mask=2 * pair + 1 < left_of_run)

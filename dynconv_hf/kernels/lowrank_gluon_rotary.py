@@ -1,7 +1,7 @@
-"""RoPE between the convolution and its memory: on the way out in the forward, on the way in in the backward.
+"""RoPE beside the convolution: of what the forward writes, and back, of what the backward reads.
 
-As transformers' `apply_rotary_pos_emb` computes it in bfloat16, each product and the sum rounded, so that the result
-has the same bits as the convolution followed by it:
+As transformers' `apply_rotary_pos_emb` and its gradient compute it in bfloat16, each product and the sum rounded, so
+that the result has the same bits as the convolution followed by it:
 
     y[c] * cos[c] - y[c + HALF] * sin[c]        and        y[c + HALF] * cos[c] + y[c] * sin[c]
 
@@ -14,17 +14,15 @@ cos and sin come through a ring in shared memory of their own, beside that of th
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .run_permuted_layout import RUNS, WARP_CHANNELS, async_load, lane_layout, lane_positions, run_starts
+from .run_permuted_layout import RUNS, WARP_CHANNELS, lane_layout, lane_positions, run_starts
 
 __all__ = [
     "allocate_rotary_ring",
     "is_rotated",
-    "load_rotary",
-    "rotary_of_pair",
     "rotary_rows",
     "rotary_source",
-    "rotate",
-    "rotate_back",
+    "rotate_after_runs",
+    "rotate_pair",
     "rotation_sign",
 ]
 
@@ -145,10 +143,41 @@ def for_each_head(angles, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
 
 
 @gluon.jit
-def rotation_sign(warps: gl.constexpr):
-    """-1 in the first half of a head, 1 in the second; as a lane tile."""
+def rotation_sign(first: gl.constexpr, warps: gl.constexpr):
+    """The sign of what is multiplied by sin: `first` in the first half of a head, -first in the second; a lane tile.
+
+    `first` is -1 to rotate, 1 to rotate back.
+    """
     second = lane_positions(warps) % WARP_CHANNELS // 16 + run_starts(0, warps)
-    return (2 * second - 1).to(gl.bfloat16)
+    return ((1 - 2 * second) * first).to(gl.bfloat16)
+
+
+@gluon.jit
+def rotate_pair(y, y_next, rotated, stage, sign, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
+    if rotated:
+        cos, sin, cos_next, sin_next = rotary_of_pair(stage, HEAD_DIM, warps)
+        y = rotate(y, cos, sin, sign)
+        y_next = rotate(y_next, cos_next, sin_next, sign)
+    return y, y_next
+
+
+@gluon.jit
+def rotate_after_runs(
+    dy_0, dy_next, dy_last, rotated, cos_ptr, sin_ptr, left, L, sign, HEAD_DIM: gl.constexpr, warps: gl.constexpr
+):
+    """The three tokens after each run; pointers are to the block's first token, `left` counts tokens after the run."""
+    if rotated:
+        token = run_starts(L, warps) + L
+        cos = load_rotary(cos_ptr, token, left > 0, HEAD_DIM, warps)
+        sin = load_rotary(sin_ptr, token, left > 0, HEAD_DIM, warps)
+        dy_0 = rotate(dy_0, cos, sin, sign)
+        cos = load_rotary(cos_ptr, token + 1, left > 1, HEAD_DIM, warps)
+        sin = load_rotary(sin_ptr, token + 1, left > 1, HEAD_DIM, warps)
+        dy_next = rotate(dy_next, cos, sin, sign)
+        cos = load_rotary(cos_ptr, token + 2, left > 2, HEAD_DIM, warps)
+        sin = load_rotary(sin_ptr, token + 2, left > 2, HEAD_DIM, warps)
+        dy_last = rotate(dy_last, cos, sin, sign)
+    return dy_0, dy_next, dy_last
 
 
 @gluon.jit
@@ -165,26 +194,6 @@ def rotate(y, cos, sin, sign):
         }""",
         "=r,r,r,r,r",
         [y, cos, sin, sign],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def rotate_back(dy, cos, sin, sign):
-    """The transpose of `rotate`: dy * cos - sign * partner * sin, rounding the first product and the sum."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 partner, own;
-        mov.b32 own, 0x80008000;
-        shfl.sync.bfly.b32 partner, $1, 2, 31, -1;
-        fma.rn.bf16x2 partner, partner, $4, own;
-        fma.rn.bf16x2 own, $1, $2, own;
-        fma.rn.bf16x2 $0, partner, $3, own;
-        }""",
-        "=r,r,r,r,r",
-        [dy, cos, sin, -sign],
         dtype=gl.bfloat16,
         is_pure=True,
         pack=2,
