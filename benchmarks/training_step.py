@@ -14,12 +14,14 @@ import platform
 import shlex
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import triton
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynconv_hf import DynConvLlamaConfig, DynConvLlamaForCausalLM
@@ -34,15 +36,21 @@ SIZES = {
     "tie_word_embeddings": True,
 }
 QKV = ["q_proj", "k_proj", "v_proj"]
-MODELS = {"Llama": None, "convolutions on Q, K, V": QKV, "convolutions on all linear layers": "all-linear"}
+MODELS = {
+    "Llama": None,
+    "convolutions on Q, K, V": {"conv_targets": QKV},
+    "convolutions on Q, K, V, recomputed": {"conv_targets": QKV, "conv_recompute": True},
+    "convolutions on Q, K, V, not fused": {"conv_targets": QKV, "conv_fused": False},
+    "convolutions on all linear layers": {"conv_targets": "all-linear"},
+}
 
 
-def build(targets: list[str] | str | None, key_value_heads: int) -> LlamaForCausalLM:
+def build(fields: dict[str, Any] | None, key_value_heads: int) -> LlamaForCausalLM:
     sizes = {**SIZES, "num_key_value_heads": key_value_heads}
     with torch.device("cuda"):
-        if targets is None:
+        if fields is None:
             return LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
-        return DynConvLlamaForCausalLM(DynConvLlamaConfig(**sizes, conv_targets=targets)).to(torch.bfloat16)
+        return DynConvLlamaForCausalLM(DynConvLlamaConfig(**sizes, **fields)).to(torch.bfloat16)
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -68,12 +76,22 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         stop.record()
         torch.cuda.synchronize()
         milliseconds.append(start.elapsed_time(stop))
+    if args.profile:
+        print_kernels(step)
     return {
         "model": name,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "step_ms": statistics.median(milliseconds),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
+
+
+def print_kernels(step: Callable[[], None]) -> None:
+    """The device time of one step, by kernel."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    print(profiled.key_averages().table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=90))
 
 
 def main() -> None:
@@ -85,6 +103,7 @@ def main() -> None:
     parser.add_argument("--key-value-heads", type=int, default=32)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one more step")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []

@@ -1,6 +1,7 @@
 """Dynamic short convolutions as an operation.
 
-Meaning in `reference`, validation in `api`, the choice of implementation in `dispatch`, Triton behind `ops`.
+Meaning in `reference` and `rotary`, the public functions in `api` and `group`, the choice of implementation in
+`dispatch`, Triton behind `ops`.
 """
 
 from .api import (

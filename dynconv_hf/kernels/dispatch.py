@@ -104,8 +104,10 @@ def describe_group_implementation(
     choice = select_implementation(xs[0], impl)
     if choice.name == "reference":
         return choice
-    inputs = (xs, coefficients, bases, static_filters, positions, initial_states, rotary)
-    return _named(choice, *ops.lowrank_group_kernels(*inputs))
+    static_filters = static_filters or [None] * len(xs)
+    initial_states = initial_states or [None] * len(xs)
+    filters = (coefficients, bases, static_filters)
+    return _named(choice, *ops.lowrank_group_kernels(xs, *filters, positions, initial_states, rotary))
 
 
 def _named(choice: Choice, kernels: ops.Kernels, why_not_faster: str) -> Choice:

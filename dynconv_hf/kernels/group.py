@@ -45,9 +45,9 @@ def lowrank_dynamic_conv1d_group(
         residual, positions: as for [`headwise_dynamic_conv1d`], the same for all tensors.
         initial_states: G tensors (B, W - 1, D_g), floating; or None: zeros.
         rotary: `Rotary(cos, sin, head_dim, rotated)`. cos and sin: (B, T, rotary_dim) or (1, T, rotary_dim), in the
-            dtype of xs; they get no gradients. head_dim: channels of a head, the first rotary_dim (an even number) of
-            them are rotated. rotated: for each tensor, whether it is. The result is that of transformers'
-            `apply_rotary_pos_emb` on the convolved tensor.
+            dtype of xs, the second half repeating the first, as transformers makes them; they get no gradients.
+            head_dim: channels of a head, the first rotary_dim (an even number) of them are rotated. rotated: for each
+            tensor, whether it is. The result is that of transformers' `apply_rotary_pos_emb` on the convolved tensor.
         impl: "auto", "triton" or "reference". The environment variable DYNCONV_IMPL overrides "auto".
 
     Returns:

@@ -17,12 +17,24 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from .lowrank_gluon_rotary import (
+    allocate_rotary_ring,
+    is_rotated,
+    rotary_rows,
+    rotary_source,
+    rotate_after_runs,
+    rotate_pair,
+    rotation_sign,
+)
 from .run_permuted_layout import (
     RANKS,
     RUNS,
     TAPS,
+    VECTOR,
     WARP_CHANNELS,
     async_load,
+    channel_of,
+    chosen,
     copy_offsets,
     copy_rows,
     filters_of_pair,
@@ -32,6 +44,7 @@ from .run_permuted_layout import (
     load_coefficients,
     load_halo,
     load_reach,
+    located,
     mma_layout,
     product_columns,
     ring_layout,
@@ -51,80 +64,109 @@ def warp_mma_layout(warps):
     return gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
 
 
-@gluon.jit(do_not_specialize=["T", "L"])
+@gluon.jit(do_not_specialize=["T", "L", "z_stride", "z_member_stride", "rotary_tokens"])
 def lowrank_backward_kernel(
-    dy_ptr,
-    x_ptr,
+    dy_ptrs,
+    x_ptrs,
     coefficients_ptr,
-    basis_ptr,
-    static_ptr,
+    basis_ptrs,
+    static_ptrs,
     positions_ptr,
-    state_ptr,
-    dx_ptr,
+    state_ptrs,
+    cos_ptr,
+    sin_ptr,
+    dx_ptrs,
     dz_partial_ptr,
     du_partial_ptr,
+    channels,
+    x_strides,
     T,
     L,
-    D: gl.constexpr,
+    z_stride,
+    z_member_stride,
+    rotary_tokens,
     R: gl.constexpr,
-    X_STRIDE: gl.constexpr,
-    Z_STRIDE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    ROTATED: gl.constexpr,
     MAX_L: gl.constexpr,
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     RESIDUAL: gl.constexpr,
     TAIL: gl.constexpr,
 ):
-    """Grid (D / (32 * WARPS), ceil(T / (8 * L)), B). L is even, from 2 * STAGES - 2 to MAX_L.
+    """Grid (sum of channels / (32 * WARPS), ceil(T / (8 * L)), B). L is even, from 2 * STAGES - 2 to MAX_L.
 
-    TAIL: T is no multiple of 8 * L.
-    dz_partial: (D / (32 * WARPS), B * chunks, L / 2, 16, 16), rows in tile order. du_partial: (B * chunks, 16, 4, D).
+    Names in the plural are tuples, an element for each member of the group; `x_strides` in vectors of 16 bytes.
+    HEAD_DIM is 0 without RoPE; `rotary_tokens` is T, or 0 where all sequences share cos and sin. TAIL: T is no
+    multiple of 8 * L.
+    dz_partial: (blocks of all members, B * chunks, L / 2, 16, 16), rows in tile order. du_partial: (B * chunks, 16, 4,
+    D) of each member, one after the other.
     """
     BLOCK: gl.constexpr = WARPS * WARP_CHANNELS
     lanes: gl.constexpr = lane_layout(WARPS)
     mma: gl.constexpr = mma_layout(WARPS)
     warp_mma: gl.constexpr = warp_mma_layout(WARPS)
+    member, channel = located(channels, BLOCK)
+    D = chosen(channels, member)
+    x_stride = chosen(x_strides, member) * VECTOR
     batch = gl.program_id(2).to(gl.int64)
     chunk = batch * gl.num_programs(1) + gl.program_id(1)
     start = gl.program_id(1) * (RUNS * L)
     left = T - start
-    channel = gl.program_id(0) * BLOCK
     token = batch * T + start
     pairs = L // 2
-    dy_ptr += token * D + channel
-    x_ptr += token * X_STRIDE + channel
-    dx_ptr += token * D + channel
-    coefficients_ptr += token * Z_STRIDE
-    basis_ptr += channel
-    if static_ptr is not None:
-        static_ptr += channel
-    if state_ptr is not None:
-        state_ptr += batch * ((TAPS - 1) * D) + channel
+    dy_ptr = chosen(dy_ptrs, member) + token * D + channel
+    x_ptr = chosen(x_ptrs, member) + token * x_stride + channel
+    dx_ptr = chosen(dx_ptrs, member) + token * D + channel
+    coefficients_ptr += token * z_stride + member * z_member_stride
+    basis_ptr = chosen(basis_ptrs, member) + channel
+    static_ptr = None if static_ptrs is None else chosen(static_ptrs, member) + channel
+    state_ptr = None if state_ptrs is None else chosen(state_ptrs, member) + (batch * ((TAPS - 1) * D) + channel)
 
-    z = load_coefficients(coefficients_ptr, 0, RUNS * MAX_L, L, L, left, R, Z_STRIDE, WARPS)
+    z = load_coefficients(coefficients_ptr, 0, RUNS * MAX_L, L, L, left, R, z_stride, WARPS)
     # The two pairs after each run: their taps reach back into it.
-    z_after = load_coefficients(coefficients_ptr, L, 4 * RUNS, L, L + 4, left, R, Z_STRIDE, WARPS)
-    basis = load_basis(basis_ptr, static_ptr, R, D, WARPS)
+    z_after = load_coefficients(coefficients_ptr, L, 4 * RUNS, L, L + 4, left, R, z_stride, WARPS)
+    basis = load_basis(basis_ptr, static_ptr, R, D, HEAD_DIM, WARPS)
 
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, RUNS, BLOCK], ring_layout())
     dy_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, RUNS, BLOCK], ring_layout())
     rows = copy_rows(L, WARPS)
-    x_source = x_ptr + copy_offsets(rows, X_STRIDE, WARPS)
-    dy_source = dy_ptr + copy_offsets(rows, D, WARPS)
+    # Offsets that stay, and a base that all threads share: pointers would not fit into the registers.
+    x_offsets = copy_offsets(rows, x_stride, HEAD_DIM, WARPS)
+    dy_offsets = copy_offsets(rows, D, HEAD_DIM, WARPS)
+    x_source = x_ptr
+    dy_source = dy_ptr
+    # How many pairs to copy: past the end of a run none, and beyond the sequence none.
+    pairs_of_row = gl.minimum((left + 1 - rows) // 2, pairs) if TAIL else pairs
+    if HEAD_DIM > 0:
+        rotated = is_rotated(ROTATED, member, T)
+        sign = rotation_sign(1, WARPS)
+        angles_ring = allocate_rotary_ring(STAGES, HEAD_DIM)
+        angles_rows = rotary_rows(L, HEAD_DIM, WARPS)
+        angles_token = batch * rotary_tokens + start
+        cos_ptr += angles_token * HEAD_DIM
+        sin_ptr += angles_token * HEAD_DIM
+        angles_source = rotary_source(cos_ptr, sin_ptr, angles_rows, HEAD_DIM, WARPS)
+        angles_pairs = gl.where(rotated, pairs, 0)
+        if TAIL:
+            angles_pairs = gl.minimum((left + 1 - angles_rows) // 2, angles_pairs)
     for stage in gl.static_range(STAGES - 1):
         if TAIL:
-            async_load(x_ring.index(stage), x_source, mask=rows + 2 * stage < left)
-            async_load(dy_ring.index(stage), dy_source, mask=rows + 2 * stage < left)
+            async_load(x_ring.index(stage), x_source + x_offsets, mask=stage + rows * 0 < pairs_of_row)
+            async_load(dy_ring.index(stage), dy_source + dy_offsets, mask=stage + rows * 0 < pairs_of_row)
         else:
-            async_load(x_ring.index(stage), x_source)
-            async_load(dy_ring.index(stage), dy_source)
-        async_copy.commit_group()
-        x_source += 2 * X_STRIDE
+            async_load(x_ring.index(stage), x_source + x_offsets)
+            async_load(dy_ring.index(stage), dy_source + dy_offsets)
+        x_source += 2 * x_stride
         dy_source += 2 * D
+        if HEAD_DIM > 0:
+            async_load(angles_ring.index(stage), angles_source, mask=stage + angles_rows * 0 < angles_pairs)
+            angles_source += 2 * HEAD_DIM
+        async_copy.commit_group()
 
-    x_3 = load_halo(x_ptr, state_ptr, 3, start, T, L, X_STRIDE, D, WARPS)
-    x_2 = load_halo(x_ptr, state_ptr, 2, start, T, L, X_STRIDE, D, WARPS)
-    x_1 = load_halo(x_ptr, state_ptr, 1, start, T, L, X_STRIDE, D, WARPS)
+    x_3 = load_halo(x_ptr, state_ptr, 3, start, T, L, x_stride, D, HEAD_DIM, WARPS)
+    x_2 = load_halo(x_ptr, state_ptr, 2, start, T, L, x_stride, D, HEAD_DIM, WARPS)
+    x_1 = load_halo(x_ptr, state_ptr, 1, start, T, L, x_stride, D, HEAD_DIM, WARPS)
 
     z_shared = stage_coefficients(z, MAX_L // 2)
     z_after_shared = stage_coefficients(z_after, 2)
@@ -155,10 +197,10 @@ def lowrank_backward_kernel(
     )
     dz_element = gl.arange(0, 2 * RUNS * RANKS, gl.SliceLayout(0, dz_sum_layout))
     dz_plane = gl.program_id(0).to(gl.int64) * gl.num_programs(1) * gl.num_programs(2)
-    dz_destination = dz_partial_ptr + (dz_plane + chunk) * (RUNS * RANKS) * L + dz_element
+    dz_destination = dz_partial_ptr + (dz_plane + chunk) * (RUNS * RANKS) * L
 
     run = run_starts(L, WARPS)
-    channels = lane_channels(WARPS)
+    channels = lane_channels(HEAD_DIM, WARPS)
     # An offset, not a pointer: it serves dx and, after the runs, dy; pointers would not fit into the registers.
     offset = run * D + channels
     left_of_run = left - run
@@ -172,14 +214,19 @@ def lowrank_backward_kernel(
         dy_0, dy_next = tokens_of_pair(dy_ring.index(pair % STAGES), WARPS)
         # The copies past the end are masked, not skipped: the count of groups in flight stays the same.
         ahead = pair + STAGES - 1
-        mask = rows * 0 + ahead < pairs
-        if TAIL:
-            mask = mask & (rows + 2 * ahead < left)
-        async_load(x_ring.index(ahead % STAGES), x_source, mask=mask)
-        async_load(dy_ring.index(ahead % STAGES), dy_source, mask=mask)
-        async_copy.commit_group()
-        x_source += 2 * X_STRIDE
+        mask = ahead + rows * 0 < pairs_of_row
+        async_load(x_ring.index(ahead % STAGES), x_source + x_offsets, mask=mask)
+        async_load(dy_ring.index(ahead % STAGES), dy_source + dy_offsets, mask=mask)
+        x_source += 2 * x_stride
         dy_source += 2 * D
+        if HEAD_DIM > 0:
+            mask = ahead + angles_rows * 0 < angles_pairs
+            async_load(angles_ring.index(ahead % STAGES), angles_source, mask=mask)
+            angles_source += 2 * HEAD_DIM
+        async_copy.commit_group()
+        if HEAD_DIM > 0:
+            angles = angles_ring.index(pair % STAGES)
+            dy_0, dy_next = rotate_pair(dy_0, dy_next, rotated, angles, sign, HEAD_DIM, WARPS)
 
         reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(WARPS))
 
@@ -234,7 +281,7 @@ def lowrank_backward_kernel(
 
         dz_shared.store(dz.reshape([WARPS, 2 * RUNS * RANKS]))
         dz_pair = gl.sum(dz_shared.load(dz_sum_layout), axis=0)
-        gl.store(dz_destination, dz_pair.to(dz_partial_ptr.dtype.element_ty))
+        gl.store(dz_destination + dz_element, dz_pair.to(dz_partial_ptr.dtype.element_ty))
         dz_destination += 2 * RUNS * RANKS
         x_3 = x_1
         x_2 = x_0
@@ -246,6 +293,10 @@ def lowrank_backward_kernel(
     dy_0 = gl.load(after, mask=left_after > 0, other=0.0)
     dy_next = gl.load(after + D, mask=left_after > 1, other=0.0)
     dy_last = gl.load(after + 2 * D, mask=left_after > 2, other=0.0)
+    if HEAD_DIM > 0:
+        dy_0, dy_next, dy_last = rotate_after_runs(
+            dy_0, dy_next, dy_last, rotated, cos_ptr, sin_ptr, left_after, L, sign, HEAD_DIM, WARPS
+        )
     reach = None if positions_ptr is None else reach_after_shared.index(0).load(row_layout(WARPS))
     reach_last = None if positions_ptr is None else reach_after_shared.index(1).load(row_layout(WARPS))
     z_operand = z_after_shared.index(0).load(gl.DotOperandLayout(0, mma, 2))
@@ -264,7 +315,10 @@ def lowrank_backward_kernel(
         gl.store(dx_ptr + (offset - 2 * D), done_2)
         gl.store(dx_ptr + (offset - D), done_1)
 
-    store_du(du, du_partial_ptr + chunk * (RANKS * TAPS * D) + channel, R, D, static_ptr is not None, WARPS)
+    # Where the member's partial sums of du begin: behind those of all channels of the members before it.
+    before = (gl.program_id(0) * BLOCK - channel).to(gl.int64) * gl.num_programs(1) * gl.num_programs(2)
+    du_partial_ptr += (before + chunk * D) * (RANKS * TAPS) + channel
+    store_du(du, du_partial_ptr, R, D, static_ptr is not None, HEAD_DIM, WARPS)
 
 
 @gluon.jit
@@ -317,12 +371,13 @@ def joined(g_0, g_1, g_2, g_3, n_0, n_1, n_2, n_3, warps: gl.constexpr):
 
 
 @gluon.jit
-def store_du(du, destination, R: gl.constexpr, D: gl.constexpr, STATIC: gl.constexpr, warps: gl.constexpr):
+def store_du(du, destination, R: gl.constexpr, D, STATIC: gl.constexpr, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
     """du from the order of products' columns to [16, TAPS, channels], and only the ranks in use to memory."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [warps, 1, 1], [2, 1, 0])
     columns = du.reshape([RANKS, TAPS, 4, warps, 4, 2]).permute([0, 1, 3, 4, 2, 5])
     du = gl.convert_layout(columns.reshape([RANKS, TAPS, warps * WARP_CHANNELS]), layout)
     rank = gl.arange(0, RANKS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     tap = gl.arange(0, TAPS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    channel = gl.arange(0, warps * WARP_CHANNELS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    position = gl.arange(0, warps * WARP_CHANNELS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    channel = channel_of(position, HEAD_DIM)
     gl.store(destination + ((rank * TAPS + tap) * D + channel), du, mask=rank < R + STATIC)

@@ -8,12 +8,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from .lowrank_gluon_rotary import (
+    allocate_rotary_ring,
+    is_rotated,
+    rotary_rows,
+    rotary_source,
+    rotate_pair,
+    rotation_sign,
+)
 from .run_permuted_layout import (
     RANKS,
     RUNS,
     TAPS,
+    VECTOR,
     WARP_CHANNELS,
     async_load,
+    chosen,
     copy_offsets,
     copy_rows,
     filters_of_pair,
@@ -22,6 +32,7 @@ from .run_permuted_layout import (
     load_coefficients,
     load_halo,
     load_reach,
+    located,
     mma_layout,
     product_columns,
     ring_layout,
@@ -35,61 +46,88 @@ from .run_permuted_layout import (
 __all__ = ["lowrank_forward_kernel"]
 
 
-@gluon.jit(do_not_specialize=["T"])
+@gluon.jit(do_not_specialize=["T", "z_stride", "z_member_stride", "rotary_tokens"])
 def lowrank_forward_kernel(
-    x_ptr,
+    x_ptrs,
     coefficients_ptr,
-    basis_ptr,
-    static_ptr,
+    basis_ptrs,
+    static_ptrs,
     positions_ptr,
-    state_ptr,
-    y_ptr,
+    state_ptrs,
+    cos_ptr,
+    sin_ptr,
+    y_ptrs,
+    channels,
+    x_strides,
     T,
-    D: gl.constexpr,
+    z_stride,
+    z_member_stride,
+    rotary_tokens,
     R: gl.constexpr,
-    X_STRIDE: gl.constexpr,
-    Z_STRIDE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    ROTATED: gl.constexpr,
     L: gl.constexpr,
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     RESIDUAL: gl.constexpr,
     TAIL: gl.constexpr,
 ):
-    """Grid (D / (32 * WARPS), ceil(T / (8 * L)), B). TAIL: T is no multiple of 8 * L."""
+    """Grid (sum of channels / (32 * WARPS), ceil(T / (8 * L)), B). TAIL: T is no multiple of 8 * L.
+
+    Names in the plural are tuples, an element for each member of the group; `x_strides` in vectors of 16 bytes.
+    HEAD_DIM is 0 without RoPE; `rotary_tokens` is T, or 0 where all sequences share cos and sin.
+    """
     BLOCK: gl.constexpr = WARPS * WARP_CHANNELS
     PAIRS: gl.constexpr = L // 2
     mma: gl.constexpr = mma_layout(WARPS)
+    member, channel = located(channels, BLOCK)
+    D = chosen(channels, member)
+    x_stride = chosen(x_strides, member) * VECTOR
     batch = gl.program_id(2).to(gl.int64)
     start = gl.program_id(1) * (RUNS * L)
     left = T - start
-    channel = gl.program_id(0) * BLOCK
     token = batch * T + start
-    x_ptr += token * X_STRIDE + channel
-    y_ptr += token * D + channel
-    coefficients_ptr += token * Z_STRIDE
-    basis_ptr += channel
-    if static_ptr is not None:
-        static_ptr += channel
-    if state_ptr is not None:
-        state_ptr += batch * ((TAPS - 1) * D) + channel
+    x_ptr = chosen(x_ptrs, member) + token * x_stride + channel
+    y_ptr = chosen(y_ptrs, member) + token * D + channel
+    coefficients_ptr += token * z_stride + member * z_member_stride
+    basis_ptr = chosen(basis_ptrs, member) + channel
+    static_ptr = None if static_ptrs is None else chosen(static_ptrs, member) + channel
+    state_ptr = None if state_ptrs is None else chosen(state_ptrs, member) + (batch * ((TAPS - 1) * D) + channel)
 
-    coefficients = load_coefficients(coefficients_ptr, 0, RUNS * L, L, L, left, R, Z_STRIDE, WARPS)
-    basis = load_basis(basis_ptr, static_ptr, R, D, WARPS)
+    coefficients = load_coefficients(coefficients_ptr, 0, RUNS * L, L, L, left, R, z_stride, WARPS)
+    basis = load_basis(basis_ptr, static_ptr, R, D, HEAD_DIM, WARPS)
 
     ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, RUNS, BLOCK], ring_layout())
     rows = copy_rows(L, WARPS)
-    source = x_ptr + copy_offsets(rows, X_STRIDE, WARPS)
+    source = x_ptr + copy_offsets(rows, x_stride, HEAD_DIM, WARPS)
+    # How many pairs to copy: past the end of a run none, and beyond the sequence none.
+    pairs_of_row = gl.minimum((left + 1 - rows) // 2, PAIRS) if TAIL else PAIRS + rows * 0
+    if HEAD_DIM > 0:
+        rotated = is_rotated(ROTATED, member, T)
+        sign = rotation_sign(-1, WARPS)
+        angles_ring = allocate_rotary_ring(STAGES, HEAD_DIM)
+        angles_rows = rotary_rows(L, HEAD_DIM, WARPS)
+        angles_token = batch * rotary_tokens + start
+        cos_ptr += angles_token * HEAD_DIM
+        sin_ptr += angles_token * HEAD_DIM
+        angles_source = rotary_source(cos_ptr, sin_ptr, angles_rows, HEAD_DIM, WARPS)
+        angles_pairs = gl.where(rotated, PAIRS, 0) + angles_rows * 0
+        if TAIL:
+            angles_pairs = gl.minimum((left + 1 - angles_rows) // 2, angles_pairs)
     for stage in gl.static_range(STAGES - 1):
         if TAIL:
-            async_load(ring.index(stage), source, mask=rows + 2 * stage < left)
+            async_load(ring.index(stage), source, mask=stage < pairs_of_row)
         else:
             async_load(ring.index(stage), source)
+        source += 2 * x_stride
+        if HEAD_DIM > 0:
+            async_load(angles_ring.index(stage), angles_source, mask=stage < angles_pairs)
+            angles_source += 2 * HEAD_DIM
         async_copy.commit_group()
-        source += 2 * X_STRIDE
 
-    x_3 = load_halo(x_ptr, state_ptr, 3, start, T, L, X_STRIDE, D, WARPS)
-    x_2 = load_halo(x_ptr, state_ptr, 2, start, T, L, X_STRIDE, D, WARPS)
-    x_1 = load_halo(x_ptr, state_ptr, 1, start, T, L, X_STRIDE, D, WARPS)
+    x_3 = load_halo(x_ptr, state_ptr, 3, start, T, L, x_stride, D, HEAD_DIM, WARPS)
+    x_2 = load_halo(x_ptr, state_ptr, 2, start, T, L, x_stride, D, HEAD_DIM, WARPS)
+    x_1 = load_halo(x_ptr, state_ptr, 1, start, T, L, x_stride, D, HEAD_DIM, WARPS)
 
     z_shared = stage_coefficients(coefficients, PAIRS)
     if positions_ptr is not None:
@@ -99,18 +137,18 @@ def lowrank_forward_kernel(
     basis_operand = gl.convert_layout(columns, gl.DotOperandLayout(1, mma, 2))
     zero = gl.zeros([2 * RUNS, TAPS * BLOCK], gl.float32, mma)
 
-    destination = y_ptr + (run_starts(L, WARPS) * D + lane_channels(WARPS))
+    destination = y_ptr + (run_starts(L, WARPS) * D + lane_channels(HEAD_DIM, WARPS))
     left_of_run = left - run_starts(L, WARPS)
     for pair in range(PAIRS):
         async_copy.wait_group(STAGES - 2)
         # The copies past the end are masked, not skipped: the count of groups in flight stays the same.
         ahead = pair + STAGES - 1
-        mask = rows * 0 + ahead < PAIRS
-        if TAIL:
-            mask = mask & (rows + 2 * ahead < left)
-        async_load(ring.index(ahead % STAGES), source, mask=mask)
+        async_load(ring.index(ahead % STAGES), source, mask=ahead < pairs_of_row)
+        source += 2 * x_stride
+        if HEAD_DIM > 0:
+            async_load(angles_ring.index(ahead % STAGES), angles_source, mask=ahead < angles_pairs)
+            angles_source += 2 * HEAD_DIM
         async_copy.commit_group()
-        source += 2 * X_STRIDE
 
         x_0, x_next = tokens_of_pair(ring.index(pair % STAGES), WARPS)
         z_operand = z_shared.index(pair).load(gl.DotOperandLayout(0, mma, 2))
@@ -119,6 +157,8 @@ def lowrank_forward_kernel(
 
         y = filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, reach, 0, RESIDUAL)
         y_next = filtered(x_next, x_0, x_1, x_2, n_0, n_1, n_2, n_3, reach, 4, RESIDUAL)
+        if HEAD_DIM > 0:
+            y, y_next = rotate_pair(y, y_next, rotated, angles_ring.index(pair % STAGES), sign, HEAD_DIM, WARPS)
         if TAIL:
             gl.store(destination, y, mask=2 * pair < left_of_run)
             gl.store(destination + D, y_next, mask=2 * pair + 1 < left_of_run)

@@ -17,18 +17,18 @@ def forward_group(
     xs: Sequence[torch.Tensor],
     coefficients: torch.Tensor,
     bases: Sequence[torch.Tensor],
-    static_filters: Sequence[torch.Tensor] | None,
+    static_filters: Sequence[torch.Tensor | None],
     residual: bool,
     positions: torch.Tensor | None,
-    initial_states: Sequence[torch.Tensor] | None,
+    initial_states: Sequence[torch.Tensor | None],
     rotary: Rotary | None,
 ) -> list[torch.Tensor]:
     """ys, (B, T, D_g) each."""
     ys = []
     for g, x in enumerate(xs):
-        filters, state = _of_one(g, coefficients, bases, static_filters, initial_states)
-        kernels, _ = lowrank_kernels(x, *filters, positions, state)
-        y = kernels.forward(x, *filters, residual, positions, state)
+        inputs = (x, coefficients[:, :, g], bases[g], static_filters[g])
+        kernels, _ = lowrank_kernels(*inputs, positions, initial_states[g])
+        y = kernels.forward(*inputs, residual, positions, initial_states[g])
         ys.append(rotate(y, rotary) if rotary is not None and rotary.rotated[g] else y)
     return ys
 
@@ -38,30 +38,18 @@ def backward_group(
     xs: Sequence[torch.Tensor],
     coefficients: torch.Tensor,
     bases: Sequence[torch.Tensor],
-    static_filters: Sequence[torch.Tensor] | None,
+    static_filters: Sequence[torch.Tensor | None],
     residual: bool,
     positions: torch.Tensor | None,
-    initial_states: Sequence[torch.Tensor] | None,
+    initial_states: Sequence[torch.Tensor | None],
     rotary: Rotary | None,
-) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor], list[torch.Tensor] | None, list[torch.Tensor] | None]:
+) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor], list[torch.Tensor | None], list[torch.Tensor | None]]:
     """dxs, dcoefficients, dbases, dstatic_filters, dinitial_states."""
     found = []
     for g, (dy, x) in enumerate(zip(dys, xs, strict=True)):
-        filters, state = _of_one(g, coefficients, bases, static_filters, initial_states)
-        kernels, _ = lowrank_kernels(x, *filters, positions, state)
+        inputs = (x, coefficients[:, :, g], bases[g], static_filters[g])
+        kernels, _ = lowrank_kernels(*inputs, positions, initial_states[g])
         dy = rotate_back(dy, rotary) if rotary is not None and rotary.rotated[g] else dy
-        found.append(kernels.backward(dy, x, *filters, residual, positions, state))
+        found.append(kernels.backward(dy, *inputs, residual, positions, initial_states[g]))
     dxs, dcoefficients, dbases, dstatics, dstates = (list(gradients) for gradients in zip(*found, strict=True))
-    dcoefficients = torch.stack(dcoefficients, dim=2)
-    return dxs, dcoefficients, dbases, dstatics if static_filters else None, dstates if initial_states else None
-
-
-def _of_one(
-    g: int,
-    coefficients: torch.Tensor,
-    bases: Sequence[torch.Tensor],
-    static_filters: Sequence[torch.Tensor] | None,
-    initial_states: Sequence[torch.Tensor] | None,
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
-    static_filter = static_filters[g] if static_filters else None
-    return (coefficients[:, :, g], bases[g], static_filter), initial_states[g] if initial_states else None
+    return dxs, torch.stack(dcoefficients, dim=2), dbases, dstatics, dstates

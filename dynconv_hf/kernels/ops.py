@@ -5,7 +5,8 @@ Importing this module does not import Triton: the kernels are loaded when an ope
 A module of kernels gives `forward(x, *filters, residual, positions, initial_state) -> y` and
 `backward(dy, x, <the same>) -> gradients of x, the filters and the initial state`, None for what was not given. One
 that does not serve every input also gives `covers(x, <the same>) -> str | None`: None, or what it does not serve.
-For several tensors at once they are `forward_group`, `backward_group` and `covers_group`.
+For several tensors at once they are `forward_group`, `backward_group` and `covers_group`, which take lists, of None
+where nothing is given.
 """
 
 import re
@@ -63,9 +64,9 @@ def lowrank_group_kernels(
     xs: Sequence[torch.Tensor],
     coefficients: torch.Tensor,
     bases: Sequence[torch.Tensor],
-    static_filters: Sequence[torch.Tensor] | None,
+    static_filters: Sequence[torch.Tensor | None],
     positions: torch.Tensor | None,
-    initial_states: Sequence[torch.Tensor] | None,
+    initial_states: Sequence[torch.Tensor | None],
     rotary: Rotary | None,
 ) -> tuple[Kernels, str]:
     """The fastest kernels that serve a group of tensors, and why not faster ones."""
@@ -176,9 +177,10 @@ def lowrank_group(
     rotated: Sequence[bool],
 ) -> list[torch.Tensor]:
     rotary = None if cos is None else Rotary(cos, sin, head_dim, tuple(rotated))
-    filters = (coefficients, bases, static_filters or None)
-    kernels, _ = lowrank_group_kernels(xs, *filters, positions, initial_states or None, rotary)
-    return kernels.forward(xs, *filters, residual, positions, initial_states or None, rotary)
+    filters = (coefficients, bases, static_filters or [None] * len(xs))
+    rest = (positions, initial_states or [None] * len(xs), rotary)
+    kernels, _ = lowrank_group_kernels(xs, *filters, *rest)
+    return kernels.forward(xs, *filters, residual, *rest)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::lowrank_group_backward", mutates_args=())
@@ -198,12 +200,11 @@ def lowrank_group_backward(
 ) -> list[torch.Tensor]:
     """The gradients of xs, bases, static_filters, initial_states and coefficients, in a row."""
     rotary = None if cos is None else Rotary(cos, sin, head_dim, tuple(rotated))
-    filters = (coefficients, bases, static_filters or None)
-    kernels, _ = lowrank_group_kernels(xs, *filters, positions, initial_states or None, rotary)
-    dxs, dcoefficients, dbases, dstatics, dstates = kernels.backward(
-        dys, xs, *filters, residual, positions, initial_states or None, rotary
-    )
-    return [*dxs, *dbases, *(dstatics or ()), *(dstates or ()), dcoefficients]
+    filters = (coefficients, bases, static_filters or [None] * len(xs))
+    rest = (positions, initial_states or [None] * len(xs), rotary)
+    kernels, _ = lowrank_group_kernels(xs, *filters, *rest)
+    dxs, dcoefficients, dbases, dstatics, dstates = kernels.backward(dys, xs, *filters, residual, *rest)
+    return [*dxs, *dbases, *dstatics[: len(static_filters)], *dstates[: len(initial_states)], dcoefficients]
 
 
 @lowrank_group.register_fake

@@ -17,6 +17,13 @@ give lane j columns (q, e) -> 8 * q + 2 * j + e with e in {0, 1}; we let that co
 8 * j + 2 * q + e, and each lane then holds 8 neighbouring channels: one 16-byte vector. With that, filters,
 inputs and outputs share the register layout `lane_layout`, and a product's result is used where it lies.
 
+Which 32 channels a warp owns is ours to choose, too: see `channel_of`. Below, a *position* counts the channels of a
+thread block as its warps own them.
+
+One launch serves a group of tensors, which differ in their channels but share B and T: the first axis of the grid
+runs over the blocks of them all. Which tensor it is, its pointers and strides are values, not constants: one compiled
+kernel serves all, and what is chosen by `member` stays in registers that all threads share.
+
 In the shapes below G is the runs of one thread block, C = 32 the channels of one warp, K = 16 the ranks: R, then the
 static filter with coefficient 1, then zeros. `warps` counts the warps of a thread block.
 """
@@ -29,17 +36,22 @@ __all__ = [
     "RANKS",
     "RUNS",
     "TAPS",
+    "VECTOR",
     "WARP_CHANNELS",
     "async_load",
+    "channel_of",
+    "chosen",
     "copy_offsets",
     "copy_rows",
     "filters_of_pair",
     "lane_channels",
     "lane_layout",
+    "lane_positions",
     "load_basis",
     "load_coefficients",
     "load_halo",
     "load_reach",
+    "located",
     "mma_layout",
     "product_columns",
     "ring_layout",
@@ -55,6 +67,8 @@ RUNS = gl.constexpr(8)
 WARP_CHANNELS = gl.constexpr(32)
 RANKS = gl.constexpr(16)
 TAPS = gl.constexpr(4)
+# Elements of 16 bytes. Strides are counted in them, so that the compiler sees that rows are aligned.
+VECTOR = gl.constexpr(8)
 
 # Gluon renamed this one between Triton 3.6 and 3.9; 3.9 keeps the old name, but only to raise an error.
 async_load = getattr(ampere.async_copy, "async_load", ampere.async_copy.async_copy_global_to_shared)
@@ -112,6 +126,44 @@ def copy_layout(warps):
 
 
 @gluon.jit
+def located(channels, block: gl.constexpr):
+    """Which member of the group this thread block belongs to, and its first channel there."""
+    member = 0
+    channel = gl.program_id(0) * block
+    for i in gl.static_range(len(channels) - 1):
+        beyond = (member == i) & (channel >= channels[i])
+        channel -= gl.where(beyond, channels[i], 0)
+        member = gl.where(beyond, i + 1, member)
+    return member, channel
+
+
+@gluon.jit
+def chosen(values, member):
+    """The value of one member of the group."""
+    value = values[0]
+    for i in gl.static_range(1, len(values)):
+        value = gl.where(member == i, values[i], value)
+    return value
+
+
+@gluon.jit
+def channel_of(position, HEAD_DIM: gl.constexpr):
+    """The channel at a position, both counted from the block's first.
+
+    RoPE (HEAD_DIM is not 0) rotates channel c of a head with channel c + HEAD_DIM / 2. A warp's positions are 16
+    channels of the first half of a head and their 16 partners, 32 bytes each: still whole sectors of memory.
+    """
+    if HEAD_DIM <= WARP_CHANNELS:
+        return position
+    else:
+        # As the position and a shift of whole pieces, from which the compiler sees that pieces stay whole.
+        pieces: gl.constexpr = HEAD_DIM // 16
+        piece = position // 16
+        source = piece // pieces * pieces + piece % 2 * (pieces // 2) + piece % pieces // 2
+        return position + (source - piece) * 16
+
+
+@gluon.jit
 def copy_rows(L, warps: gl.constexpr):
     """The token each row of a copy stands for, for the first pair, counted from the block's start: [2, G, 1]."""
     layout: gl.constexpr = copy_layout(warps)
@@ -121,19 +173,25 @@ def copy_rows(L, warps: gl.constexpr):
 
 
 @gluon.jit
-def copy_offsets(rows, stride, warps: gl.constexpr):
+def copy_offsets(rows, stride, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
     layout: gl.constexpr = copy_layout(warps)
-    channels = gl.arange(0, warps * WARP_CHANNELS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    return rows * stride + channels[None, None, :]
+    position = gl.arange(0, warps * WARP_CHANNELS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    return rows * stride + channel_of(position, HEAD_DIM)[None, None, :]
 
 
 @gluon.jit
-def lane_channels(warps: gl.constexpr):
-    """The channel of each element of a lane tile, counted from the block's first: [warps, 1, C]."""
+def lane_positions(warps: gl.constexpr):
+    """The position of each element of a lane tile: [warps, 1, C]."""
     layout: gl.constexpr = lane_layout(warps)
     warp = gl.arange(0, warps, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    channel = gl.arange(0, WARP_CHANNELS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    return (warp * WARP_CHANNELS)[:, None, None] + channel[None, None, :]
+    position = gl.arange(0, WARP_CHANNELS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    return (warp * WARP_CHANNELS)[:, None, None] + position[None, None, :]
+
+
+@gluon.jit
+def lane_channels(HEAD_DIM: gl.constexpr, warps: gl.constexpr):
+    """The channel of each element of a lane tile, counted from the block's first: [warps, 1, C]."""
+    return channel_of(lane_positions(warps), HEAD_DIM)
 
 
 @gluon.jit
@@ -190,15 +248,15 @@ def load_reach(positions_ptr, first, pairs: gl.constexpr, L, steps, left, warps:
 
 
 @gluon.jit
-def load_basis(basis_ptr, static_ptr, R: gl.constexpr, D: gl.constexpr, warps: gl.constexpr):
+def load_basis(basis_ptr, static_ptr, R: gl.constexpr, D, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
     """The basis with the static filter as rank R and zeros from there on: [16, TAPS, warps * C], bfloat16."""
     BLOCK: gl.constexpr = warps * WARP_CHANNELS
     lanes_of_row: gl.constexpr = min(BLOCK // 8, 32)
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32 // lanes_of_row, lanes_of_row], [warps, 1, 1], [2, 1, 0])
     rank = gl.arange(0, RANKS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     tap = gl.arange(0, TAPS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    channel = gl.arange(0, BLOCK, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    offsets = tap * D + channel
+    position = gl.arange(0, BLOCK, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    offsets = tap * D + channel_of(position, HEAD_DIM)
     basis = gl.load(basis_ptr + rank * (TAPS * D) + offsets, mask=rank < R, other=0.0).to(gl.bfloat16)
     if static_ptr is not None:
         zeros = gl.zeros([RANKS, TAPS, BLOCK], gl.int32, layout)
@@ -251,10 +309,12 @@ def tokens_of_pair(stage, warps: gl.constexpr):
 
 
 @gluon.jit
-def load_halo(x_ptr, state_ptr, back: gl.constexpr, start, T, L, stride, D: gl.constexpr, warps: gl.constexpr):
+def load_halo(
+    x_ptr, state_ptr, back: gl.constexpr, start, T, L, stride, D, HEAD_DIM: gl.constexpr, warps: gl.constexpr
+):
     """The inputs `back` tokens before each run; before the sequence, the initial state or zero."""
     local = run_starts(L, warps)
-    channels = lane_channels(warps)
+    channels = lane_channels(HEAD_DIM, warps)
     token = start + local
     pointers = x_ptr + ((local - back) * stride + channels)
     mask = (token >= back) & (token - back < T)

@@ -250,3 +250,43 @@ BOTH = (True, False)
 def test_wrong_arguments(arguments, options, error, message):
     with pytest.raises(error, match=message):
         lowrank_dynamic_conv1d_group(*arguments, **options)
+
+
+WIDE = GroupCase(3, 300, (256, 128, 128), dtype=torch.bfloat16, head_dim=64, rotary_dim=64)
+WIDE_CASES = {
+    "plain": WIDE,
+    "packed": dataclasses.replace(WIDE, positions="packed", state=True, rotary_rows=1),
+    "no static filter, no rotation": dataclasses.replace(WIDE, static=False, rotary_dim=0, rank=16),
+    "one head size": dataclasses.replace(WIDE, head_dim=128, rotary_dim=128, parameter_dtype=torch.bfloat16),
+    "two": dataclasses.replace(WIDE, channels=(512, 512), rotary_dim=0, rotated=(False, False), tokens=1024),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", WIDE_CASES)
+def test_the_fastest_kernels(name: str, device: torch.device) -> None:
+    case = dataclasses.replace(WIDE_CASES[name], device=device)
+    arguments = case.arguments()
+    del arguments["residual"]
+    choice = describe_group_implementation(**arguments)
+    assert choice.name == "triton: lowrank_gluon", choice.reason
+    found = group_errors(case)
+    assert max(found.values()) <= TOLERANCE[torch.bfloat16], found
+
+
+@pytest.mark.gpu
+def test_cuda_graph(device: torch.device) -> None:
+    case = dataclasses.replace(WIDE, device=device)
+    arguments, dys = case.arguments(), case.output_gradients()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run_group(arguments, dys, "triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run_group(arguments, dys, "triton")
+    with torch.no_grad():
+        arguments["xs"][0].mul_(2.0)
+    graph.replay()
+    want = run_group(arguments, dys, "triton")
+    assert all(torch.equal(got[name], want[name]) for name in want)

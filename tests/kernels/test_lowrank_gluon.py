@@ -107,7 +107,7 @@ def poisoned_memory():
 def test_every_run_length(run_length, tokens, warps, monkeypatch):
     chunks = -(-tokens // (8 * run_length))
     plan = lowrank_gluon.Plan(warps, 128, run_length, chunks)
-    monkeypatch.setattr(lowrank_gluon, "plan_backward", lambda *shape: plan)
+    monkeypatch.setattr(lowrank_gluon, "plan_backward_group", lambda *shape: plan)
     Case(2, tokens, 512, state=True, seed=run_length).check()
     Case(2, tokens, 512, positions=True, state=True, seed=run_length).check()
 

@@ -47,20 +47,21 @@ def test_covers_says_why_not(options, reason):
 
 @needs_gluon
 @pytest.mark.parametrize(("processors", "shared_memory"), [(132, 232448), (108, 166912), (128, 101376), (46, 101376)])
-@pytest.mark.parametrize("channels", [128, 256, 1152, 2048, 8192])
+@pytest.mark.parametrize("channels", [(128,), (256,), (1152,), (2048, 512, 512), (384, 384, 256), (8192,)])
+@pytest.mark.parametrize("head_dim", [0, 64])
 @pytest.mark.parametrize("tokens", [1, 7, 100, 4096, 5000, 131072])
 @pytest.mark.parametrize("batch", [1, 4, 64])
-def test_the_plan_covers_all_tokens_within_the_device(batch, tokens, channels, processors, shared_memory):
-    plan = lowrank_gluon.divide_work(batch, tokens, channels, processors, shared_memory)
-    assert channels % (32 * plan.warps) == 0
+def test_the_plan_covers_all_tokens_within_the_device(batch, tokens, channels, head_dim, processors, shared_memory):
+    plan = lowrank_gluon.divide_work(batch, tokens, channels, head_dim, processors, shared_memory)
+    assert all(size % (32 * plan.warps) == 0 for size in channels)
     assert plan.run_length % 2 == 0 and 8 <= plan.run_length <= plan.max_run_length
     assert 0 <= plan.chunks * 8 * plan.run_length - tokens < 8 * plan.run_length
-    assert lowrank_gluon._shared_memory(plan.warps, plan.max_run_length) <= shared_memory
+    assert lowrank_gluon._shared_memory(plan.warps, plan.max_run_length, head_dim) <= shared_memory
 
 
 @needs_gluon
 def test_the_plan_of_the_usual_shape_is_one_full_wave():
-    assert lowrank_gluon.divide_work(4, 4096, 2048, 132, 232448) == (8, 128, 128, 4)
+    assert lowrank_gluon.divide_work(4, 4096, (2048,), 0, 132, 232448) == (8, 128, 128, 4)
 
 
 def test_nothing_spills():

@@ -55,6 +55,24 @@ def test_fully_shard(two_ranks: Ranks, mode: str, checkpointing: bool) -> None:
     two_ranks.run(assert_trains_as_one_process, sharded_by_torch, checkpointing, fields)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_what_is_made_again_is_gathered_again(two_ranks: Ranks, checkpointing: bool) -> None:
+    fields = {"conv_targets": "all-linear", "conv_recompute": True, "use_cache": False}
+    two_ranks.run(assert_trains_as_one_process, sharded_by_torch, checkpointing, fields)
+
+
+def sharded_to_convolutions(model: torch.nn.Module) -> torch.nn.Module:
+    mesh = init_device_mesh("cpu", (2,))
+    for name, module in model.named_modules():
+        if name.endswith("q_conv"):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def test_convolutions_divided_by_themselves(two_ranks: Ranks) -> None:
+    two_ranks.run(assert_trains_as_one_process, sharded_to_convolutions, False, {})
+
+
 def assert_plan_shards_and_saves(path: Path, saved: Path) -> None:
     single = AutoModelForCausalLM.from_pretrained(path)
     sharded = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(fsdp_size=2))
