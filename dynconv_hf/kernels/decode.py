@@ -286,21 +286,20 @@ def _dot_type(*dtypes: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if dtypes[0] == torch.bfloat16 else tl.float16
 
 
-def _block_sizes(batch: int, hidden: int, filter_size: int, head_half: int) -> dict[str, int]:
+def _block_sizes(batch: int, hidden: int, filter_size: int, kernel_size: int, head_half: int) -> dict[str, int]:
     """Few classes of batch sizes, so that a new one rarely compiles a kernel."""
     # Half as many pairs where a block then stays within a head.
     pairs = _PAIRS if head_half % _PAIRS == 0 or head_half % (_PAIRS // 2) else _PAIRS // 2
-    common = {"BJ": pairs, "STAGES": 4, "num_warps": _WARPS}
-    if batch > 1:
-        return {"BI": 16, "PARTS": _WARPS, "BK": 64 if filter_size == 2 else 16, **common}
-    # 16 bytes for each thread.
-    columns = _WARPS * 32 * 16 // (_RANK_BLOCK * filter_size)
-    parts = min(16, triton.next_power_of_2(triton.cdiv(hidden, columns)))
-    sizes = {"BI": 1, "PARTS": parts, "BK": columns, **common}
+    sizes = {"BJ": pairs, "STAGES": 4, "num_warps": _WARPS}
     if torch.version.hip is None:
-        # Left alone, the compiler saves registers, which nobody else wants, and asks for a part when others have come.
+        # Left alone, the compiler saves registers, which nobody else wants, and asks for some when others have come.
         sizes["maxnreg"] = 248
-    return sizes
+    if batch > 1:
+        return {"BI": 16, "PARTS": _WARPS, "BK": 64 if filter_size == 2 else 16, **sizes}
+    # 16 bytes for each thread, and as many parts together as registers hold.
+    columns = _WARPS * 32 * 16 // (_RANK_BLOCK * filter_size)
+    parts = min(16 if kernel_size <= 4 else 8, triton.next_power_of_2(triton.cdiv(hidden, columns)))
+    return {"BI": 1, "PARTS": parts, "BK": columns, **sizes}
 
 
 def decode_step(
@@ -325,7 +324,7 @@ def decode_step(
         return ys
     rank, kernel_size, _ = bases[0].shape
     head_half = _PAIRS if cos is None else head_dim // 2
-    sizes = _block_sizes(batch, hidden, filter_weights[0].element_size(), head_half)
+    sizes = _block_sizes(batch, hidden, filter_weights[0].element_size(), kernel_size, head_half)
     ends = [0]
     for x in xs:
         pairs = triton.cdiv(x.shape[-1], 2 * head_half) * head_half

@@ -80,7 +80,7 @@ def rotary_of_group(rotary: Rotary, xs: dict[str, torch.Tensor], convs: dict[str
     """
     rotated = {target for target, turns in zip(xs, rotary.rotated, strict=True) if turns}
     dtypes = {rotary.cos.dtype, rotary.sin.dtype, *(xs[target].dtype for target in rotated)}
-    fits = rotated <= convs.keys() and len(dtypes) == 1 and rotary.cos.shape[-1] == rotary.head_dim
+    fits = all(target in convs for target in rotated) and len(dtypes) == 1 and rotary.cos.shape[-1] == rotary.head_dim
     if not fits or any(conv.mode != "lowrank" for conv in convs.values()):
         return None
     return rotary._replace(rotated=tuple(target in rotated for target in convs))
