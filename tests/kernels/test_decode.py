@@ -1,4 +1,4 @@
-"""The decode step: one token of a group of tensors against the operation on it, filters, states and RoPE one by one."""
+"""The decode step: one token of a group of tensors against the operation, filters, states and RoPE one by one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Decoding with one launch for a token's convolutions: the same tokens and the same cache, and only where it serves."""
+"""Decoding with one launch for a token's convolutions: the same tokens, the same cache, and only where it serves."""
 
 import os
 
@@ -10,11 +10,12 @@ from transformers import DynamicCache, StaticCache
 from dynconv_hf import DynConvLlamaConfig, DynConvLlamaForCausalLM
 from dynconv_hf.modeling import decode_step as fused
 
-from .models import QKV, move_convs, random_ids
+from .models import move_convs, random_ids
 from .test_config import SMALL
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or the interpreter"
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU or Triton's interpreter",
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
