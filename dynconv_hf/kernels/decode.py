@@ -92,28 +92,25 @@ def _tile_coefficients(
 
 
 @triton.jit
-def _channels(block, BJ: tl.constexpr, HEAD_HALF: tl.constexpr, ROTARY_HALF: tl.constexpr):
-    """A block's channels (C,), two of BJ pairs, and the place (J,) of each pair in its head.
+def _channels(block, c_C, BJ: tl.constexpr, HEAD_HALF: tl.constexpr, ROTARY_HALF: tl.constexpr):
+    """The channels at places c_C of a block of BJ pairs: the first ones of the pairs, then the second ones.
 
-    RoPE turns the two of a pair together; what is past RoPE's part of a head is paired in the same way. First come
-    the first ones of the pairs, then the second ones.
+    RoPE turns the two of a pair together; what is past RoPE's part of a head is paired in the same way.
     """
-    c_C = tl.arange(0, 2 * BJ)
     if HEAD_HALF % BJ == 0:
         # Blocks within a head: no division for each channel, and wide loads.
         blocks: tl.constexpr = HEAD_HALF // BJ
         head, first = block // blocks * (2 * HEAD_HALF), block % blocks * BJ
-        j_C, j_J = first + c_C % BJ, first + tl.arange(0, BJ)
+        j_C = first + c_C % BJ
     else:
         pair_C = block * BJ + c_C % BJ
         head, j_C = pair_C // HEAD_HALF * (2 * HEAD_HALF), pair_C % HEAD_HALF
-        j_J = (block * BJ + tl.arange(0, BJ)) % HEAD_HALF
     second_C = c_C // BJ
     if ROTARY_HALF == HEAD_HALF:
-        return head + j_C + second_C * HEAD_HALF, j_J
+        return head + j_C + second_C * HEAD_HALF
     past_C = j_C >= ROTARY_HALF
     j_C += tl.where(past_C, ROTARY_HALF, 0)
-    return head + j_C + second_C * tl.where(past_C, HEAD_HALF - ROTARY_HALF, ROTARY_HALF), j_J
+    return head + j_C + second_C * tl.where(past_C, HEAD_HALF - ROTARY_HALF, ROTARY_HALF)
 
 
 @triton.jit
@@ -197,7 +194,7 @@ def _decode_kernel(
     D = tl.where(in_first, D0, tl.where(in_second, D1, D2))
     block = program - tl.where(in_first, 0, tl.where(in_second, first_end, second_end))
 
-    d_C, j_J = _channels(block, BJ, HEAD_HALF, ROTARY_HALF)
+    d_C = _channels(block, tl.arange(0, 2 * BJ), BJ, HEAD_HALF, ROTARY_HALF)
     row_I = tl.program_id(1) * BI + tl.arange(0, BI)
     b_I = row_I.to(tl.int64)
     # A mask that is known to be full costs nothing.
@@ -207,10 +204,17 @@ def _decode_kernel(
 
     # Everything is asked for before anything is waited for.
     x_IC = tl.load(x_ptr + (b_I[:, None] * D + d_C[None, :]), mask=keep_IC, other=0.0)
-    state_IC_ptr = state_ptr + (b_I[:, None] * D + d_C[None, :]) * (W - 1)
+    # In one dimension: of two without a contiguous one, Triton may let neighbouring threads read different sequences.
+    e_E = tl.arange(0, BI * 2 * BJ)
+    d_E = _channels(block, e_E % (2 * BJ), BJ, HEAD_HALF, ROTARY_HALF)
+    b_E = (tl.program_id(1) * BI + e_E // (2 * BJ)).to(tl.int64)
+    keep_E = tl.full((BI * 2 * BJ,), True, tl.int1) if BI == 1 else b_E < B
+    keep_E = keep_E if WHOLE_BLOCKS else keep_E & (d_E < D)
+    state_E_ptr = state_ptr + (b_E * D + d_E) * (W - 1)
     history = (x_IC,)
     for w in tl.static_range(1, W):
-        history += (tl.load(state_IC_ptr + (W - 1 - w), mask=keep_IC, other=0.0),)
+        state_E = tl.load(state_E_ptr + (W - 1 - w), mask=keep_E, other=0.0)
+        history += (tl.reshape(state_E, (BI, 2 * BJ)),)
     if HAS_POSITIONS:
         position_I = tl.load(positions_ptr + b_I * positions_stride, mask=keep_I, other=-1)
     else:
@@ -221,6 +225,7 @@ def _decode_kernel(
             statics += (tl.load(s_ptr + w * D + d_C, mask=keep_C, other=0.0),)
     if ROTATED:
         rotates = tl.where(in_first, ROTATED & 1, tl.where(in_second, ROTATED & 2, ROTATED & 4))
+        j_J = (block * BJ + tl.arange(0, BJ)) % HEAD_HALF
         turns_IJ = keep_I[:, None] & (j_J < tl.where(rotates > 0, ROTARY_HALF, 0))[None, :]
         rope_IJ = b_I[:, None] * rope_stride + j_J[None, :]
         cos_left_IJ = tl.load(cos_ptr + rope_IJ, mask=turns_IJ, other=0.0)
@@ -275,7 +280,8 @@ def _decode_kernel(
         # Every thread has read the old state before any writes the new one.
         tl.debug_barrier()
         for w in tl.static_range(W - 1):
-            tl.store(state_IC_ptr + (W - 2 - w), history[w].to(state_ptr.dtype.element_ty), mask=keep_IC)
+            state_E = tl.reshape(history[w].to(state_ptr.dtype.element_ty), (BI * 2 * BJ,))
+            tl.store(state_E_ptr + (W - 2 - w), state_E, mask=keep_E)
 
 
 def _dot_type(*dtypes: torch.dtype) -> tl.dtype:
