@@ -92,7 +92,15 @@ def in_float64(arguments: dict) -> tuple[list[torch.Tensor], list[torch.Tensor]]
     return outputs, states
 
 
-def check(step: Step) -> None:
+def tolerance(step: Step) -> float:
+    dtypes = {step.dtype, step.parameter_dtype}
+    # The coefficients, the convolution and each step of RoPE are rounded; the interpreter cuts bfloat16 off.
+    roundings = 5 if torch.bfloat16 in dtypes else 2
+    return roundings * max(TOLERANCE[dtype] for dtype in dtypes)
+
+
+def check(step: Step) -> list[float]:
+    """For each tensor, how many of its elements are right to the last bit."""
     arguments = step.arguments()
     expected, expected_states = in_float64(arguments)
     before = [state.clone() for state in arguments["states"]]
@@ -102,13 +110,13 @@ def check(step: Step) -> None:
         assert y.dtype == want.dtype and y.shape == want.shape
         # What the sums would be without cancellation: an error of RoPE's terms is one of y's, too.
         scale = want.double().norm() + arguments["xs"][g].double().norm()
-        tolerance = max(TOLERANCE[step.dtype], TOLERANCE[step.parameter_dtype])
-        assert (y.double() - want.double()).norm() <= 1.5 * tolerance * scale, g
+        assert (y.double() - want.double()).norm() <= tolerance(step) * scale, g
         assert torch.equal(arguments["states"][g], expected_states[g]), g
     assert [state.data_ptr() for state in arguments["states"]] == places
     for state, old in zip(arguments["states"], before, strict=True):
         state.copy_(old)
     assert all(torch.equal(a, b) for a, b in zip(decode_step(**arguments), outputs, strict=True))
+    return [(y == want).double().mean().item() for y, want in zip(outputs, expected, strict=False)]
 
 
 @st.composite
@@ -187,4 +195,6 @@ def test_opcheck(device: torch.device) -> None:
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
 def test_sizes_of_models(batch: int, heads: Sequence[int], dtypes: tuple, device: torch.device) -> None:
     sizes = {"hidden": 2048, "heads": heads, "head_dim": 64, "rotary_dim": 64}
-    check(Step(batch=batch, dtype=dtypes[0], parameter_dtype=dtypes[1], **sizes, device=device))
+    same = check(Step(batch=batch, dtype=dtypes[0], parameter_dtype=dtypes[1], **sizes, device=device))
+    # But for sums so near the middle of two bfloat16 numbers that their order decides.
+    assert min(same) > 0.998
