@@ -78,9 +78,11 @@ def rotary_of_group(rotary: Rotary, xs: dict[str, torch.Tensor], convs: dict[str
         xs: the outputs of linear layers, by target.
         convs: the convolutions after some of them, by target; a group.
     """
-    rotated = {target for target, turns in zip(xs, rotary.rotated, strict=True) if turns}
-    dtypes = {rotary.cos.dtype, rotary.sin.dtype, *(xs[target].dtype for target in rotated)}
-    fits = all(target in convs for target in rotated) and len(dtypes) == 1 and rotary.cos.shape[-1] == rotary.head_dim
+    # A list: in torch 2.11, Dynamo cannot compare sets.
+    rotated = [target for target, turns in zip(xs, rotary.rotated, strict=True) if turns]
+    fits = rotary.cos.shape[-1] == rotary.head_dim and all(
+        target in convs and xs[target].dtype == rotary.cos.dtype == rotary.sin.dtype for target in rotated
+    )
     if not fits or any(conv.mode != "lowrank" for conv in convs.values()):
         return None
     return rotary._replace(rotated=tuple(target in rotated for target in convs))

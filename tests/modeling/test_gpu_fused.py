@@ -23,9 +23,9 @@ def batch():
     return {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
 
 
-def gradients_of(model, run=None, **inputs):
+def gradients_of(model, run=None):
     model.zero_grad()
-    outputs = (run or model)(**(inputs or batch()))
+    outputs = (model if run is None else run)(**batch())
     outputs.loss.backward()
     gradients = {name: parameter.grad.double() for name, parameter in model.named_parameters()}
     return {"logits": outputs.logits.detach().double(), **gradients}
@@ -117,9 +117,9 @@ def test_memory_falls_with_recompute():
     def peak(**fields):
         model = wide_model(num_hidden_layers=4, **fields)
         ids = random_ids(8, 2048).cuda()
-        model(ids, labels=ids, use_cache=False).loss.backward()
+        model(ids, use_cache=False, logits_to_keep=1).logits.sum().backward()
         torch.cuda.reset_peak_memory_stats()
-        model(ids, labels=ids, use_cache=False, logits_to_keep=1).logits.sum().backward()
+        model(ids, use_cache=False, logits_to_keep=1).logits.sum().backward()
         return torch.cuda.max_memory_allocated()
 
     inputs = 8 * 2048 * (256 + 128 + 128) * 2 * 4
@@ -177,6 +177,8 @@ def one_rank(tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_fsdp2(one_rank, fields, checkpointing):
     model, divided = wide_model(**fields).train(), wide_model(torch.float32, **fields).train()
+    # Frequencies are no parameters: they stay in float32 in one of the two, and so they must in the other.
+    model.model.rotary_emb.inv_freq = divided.model.rotary_emb.inv_freq
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for layer in divided.model.layers:
         fully_shard(layer, mesh=one_rank, mp_policy=policy)
@@ -188,7 +190,7 @@ def test_fsdp2(one_rank, fields, checkpointing):
     loss.backward()
     found_loss = divided(**inputs).loss
     found_loss.backward()
-    torch.testing.assert_close(found_loss, loss)
+    torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=0)
     for (name, parameter), found in zip(model.named_parameters(), divided.parameters(), strict=True):
         difference = (found.grad.full_tensor() - parameter.grad).norm()
         assert difference <= 1e-2 * parameter.grad.float().norm(), name
