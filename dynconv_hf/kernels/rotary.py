@@ -13,7 +13,10 @@ __all__ = ["Rotary", "rotate", "rotate_back"]
 
 
 class Rotary(NamedTuple):
-    """What rotates some tensors of a group: cos and sin (B or 1, T, rotary_dim), and which tensors."""
+    """What rotates some tensors of a group: cos and sin (B or 1, T, rotary_dim), and which tensors.
+
+    The second half of cos and sin repeats the first, as in transformers: kernels may read one of them.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
