@@ -4,8 +4,8 @@ One launch serves a group of tensors (queries, keys and values, say), which shar
 single tensor is a group of one. Some of the group may be rotated (RoPE) by the same kernels. `covers_group` says
 whether this path serves a call, in words where it does not; `forward_group` and `backward_group` trust that it does.
 Configurations follow from shapes and the device by rule: nothing is tried out at run time. A compiled kernel serves
-all B, T and channels, but for two switches: whether T is a multiple of the tile, and how long a run of the backward
-may be.
+all B, T and channels, but for two switches: whether T is a multiple of the tile, and whether all channels are
+multiples of 256.
 """
 
 import functools
@@ -332,11 +332,9 @@ def divide_work(
 
     warps = 8 if all(size % 256 == 0 for size in channels) and fits(8, 64) else 4
     blocks = batch * (sum(channels) // (warps * WARP_CHANNELS))
-    max_run_length = 128 if fits(warps, 128) else 64
-    # More than one wave: longer runs, hence fewer partial sums. With 4 warps their coefficients, which pass through
-    # registers on the way to shared memory, would not fit.
-    if warps == 8 and fits(8, 256) and blocks * tokens > processors * RUNS * 128:
-        max_run_length = 256
+    # A thread block of 4 warps is better off beside another one than with longer runs.
+    lengths = (256, 128, 64) if warps == 8 else (128, 64)
+    max_run_length = next((length for length in lengths if fits(warps, length)), 64)
     if 2 * _shared_memory(warps, max_run_length, head_dim) <= shared_memory:
         processors = 2 * processors
     least_chunks = -(-tokens // (RUNS * max_run_length))

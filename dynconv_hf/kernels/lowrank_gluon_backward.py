@@ -18,10 +18,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .lowrank_gluon_rotary import (
-    allocate_rotary_ring,
+    allocate_angles_ring,
+    angles_source,
+    angles_steps,
     is_rotated,
-    rotary_rows,
-    rotary_source,
     rotate_after_runs,
     rotate_pair,
     rotation_sign,
@@ -32,11 +32,14 @@ from .run_permuted_layout import (
     TAPS,
     VECTOR,
     WARP_CHANNELS,
+    allocate_coefficients,
     async_load,
     channel_of,
     chosen,
-    copy_offsets,
-    copy_rows,
+    coefficients_of_pair,
+    copied_runs,
+    copy_pair,
+    copy_source,
     filters_of_pair,
     lane_channels,
     lane_layout,
@@ -50,7 +53,7 @@ from .run_permuted_layout import (
     ring_layout,
     row_layout,
     run_starts,
-    stage_coefficients,
+    store_coefficients,
     tokens_of_pair,
     where_reached,
 )
@@ -123,53 +126,45 @@ def lowrank_backward_kernel(
     static_ptr = None if static_ptrs is None else chosen(static_ptrs, member) + channel
     state_ptr = None if state_ptrs is None else chosen(state_ptrs, member) + (batch * ((TAPS - 1) * D) + channel)
 
-    z = load_coefficients(coefficients_ptr, 0, RUNS * MAX_L, L, L, left, R, z_stride, WARPS)
-    # The two pairs after each run: their taps reach back into it.
-    z_after = load_coefficients(coefficients_ptr, L, 4 * RUNS, L, L + 4, left, R, z_stride, WARPS)
-    basis = load_basis(basis_ptr, static_ptr, R, D, HEAD_DIM, WARPS)
-
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, RUNS, BLOCK], ring_layout())
     dy_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, RUNS, BLOCK], ring_layout())
-    rows = copy_rows(L, WARPS)
-    # Offsets that stay, and a base that all threads share: pointers would not fit into the registers.
-    x_offsets = copy_offsets(rows, x_stride, HEAD_DIM, WARPS)
-    dy_offsets = copy_offsets(rows, D, HEAD_DIM, WARPS)
-    x_source = x_ptr
-    dy_source = dy_ptr
-    # How many pairs to copy: past the end of a run none, and beyond the sequence none.
-    pairs_of_row = gl.minimum((left + 1 - rows) // 2, pairs) if TAIL else pairs
+    x_source = copy_source(x_ptr, L, x_stride, HEAD_DIM, WARPS)
+    dy_source = copy_source(dy_ptr, L, D, HEAD_DIM, WARPS)
+    # How many tokens of a run to copy: none past its end, and none beyond the sequence.
+    steps = gl.minimum(left - copied_runs(WARPS) * L, L) if TAIL else L + copied_runs(WARPS) * 0
     if HEAD_DIM > 0:
         rotated = is_rotated(ROTATED, member, T)
         sign = rotation_sign(1, WARPS)
-        angles_ring = allocate_rotary_ring(STAGES, HEAD_DIM)
-        angles_rows = rotary_rows(L, HEAD_DIM, WARPS)
-        angles_token = batch * rotary_tokens + start
-        cos_ptr += angles_token * HEAD_DIM
-        sin_ptr += angles_token * HEAD_DIM
-        angles_source = rotary_source(cos_ptr, sin_ptr, angles_rows, HEAD_DIM, WARPS)
-        angles_pairs = gl.where(rotated, pairs, 0)
-        if TAIL:
-            angles_pairs = gl.minimum((left + 1 - angles_rows) // 2, angles_pairs)
+        angles_ring = allocate_angles_ring(STAGES, HEAD_DIM)
+        first_angle = (batch * rotary_tokens + start) * HEAD_DIM
+        cos_ptr += first_angle
+        sin_ptr += first_angle
+        angles = angles_source(cos_ptr, sin_ptr, L, HEAD_DIM, WARPS)
+        angle_steps = angles_steps(rotated, left, L, HEAD_DIM, TAIL, WARPS)
     for stage in gl.static_range(STAGES - 1):
-        if TAIL:
-            async_load(x_ring.index(stage), x_source + x_offsets, mask=stage + rows * 0 < pairs_of_row)
-            async_load(dy_ring.index(stage), dy_source + dy_offsets, mask=stage + rows * 0 < pairs_of_row)
-        else:
-            async_load(x_ring.index(stage), x_source + x_offsets)
-            async_load(dy_ring.index(stage), dy_source + dy_offsets)
+        copy_pair(x_ring.index(stage), x_source, x_stride, 2 * stage, steps, WARPS)
+        copy_pair(dy_ring.index(stage), dy_source, D, 2 * stage, steps, WARPS)
         x_source += 2 * x_stride
         dy_source += 2 * D
         if HEAD_DIM > 0:
-            async_load(angles_ring.index(stage), angles_source, mask=stage + angles_rows * 0 < angles_pairs)
-            angles_source += 2 * HEAD_DIM
+            async_load(angles_ring.index(stage), angles, mask=2 * stage < angle_steps)
+            angles += 2 * HEAD_DIM
         async_copy.commit_group()
 
+    # What more than 128 tokens of each run take would not fit into the registers at once.
+    AT_ONCE: gl.constexpr = min(MAX_L, 128)
+    z_shared = allocate_coefficients(MAX_L // 2)
+    for piece in range(gl.cdiv(L, AT_ONCE)):
+        z = load_coefficients(coefficients_ptr, piece * AT_ONCE, RUNS * AT_ONCE, L, L, left, R, z_stride, WARPS)
+        store_coefficients(z_shared, piece, z)
+    # The two pairs after each run: their taps reach back into it.
+    z_after = load_coefficients(coefficients_ptr, L, 4 * RUNS, L, L + 4, left, R, z_stride, WARPS)
+    basis = load_basis(basis_ptr, static_ptr, R, D, HEAD_DIM, WARPS)
     x_3 = load_halo(x_ptr, state_ptr, 3, start, T, L, x_stride, D, HEAD_DIM, WARPS)
     x_2 = load_halo(x_ptr, state_ptr, 2, start, T, L, x_stride, D, HEAD_DIM, WARPS)
     x_1 = load_halo(x_ptr, state_ptr, 1, start, T, L, x_stride, D, HEAD_DIM, WARPS)
-
-    z_shared = stage_coefficients(z, MAX_L // 2)
-    z_after_shared = stage_coefficients(z_after, 2)
+    z_after_shared = allocate_coefficients(2)
+    store_coefficients(z_after_shared, 0, z_after)
     if positions_ptr is not None:
         positions_ptr += token
         reach_shared = load_reach(positions_ptr, 0, MAX_L // 2, L, L, left, WARPS)
@@ -201,8 +196,8 @@ def lowrank_backward_kernel(
 
     run = run_starts(L, WARPS)
     channels = lane_channels(HEAD_DIM, WARPS)
-    # An offset, not a pointer: it serves dx and, after the runs, dy; pointers would not fit into the registers.
-    offset = run * D + channels
+    # Of dx complete with the first token of a pair.
+    destination = dx_ptr + (run * D + channels - 3 * D)
     left_of_run = left - run
     # What dx of the last three tokens has so far.
     dx_3 = gl.zeros([WARPS, RUNS, WARP_CHANNELS], gl.float32, lanes)
@@ -212,25 +207,23 @@ def lowrank_backward_kernel(
         async_copy.wait_group(STAGES - 2)
         x_0, x_next = tokens_of_pair(x_ring.index(pair % STAGES), WARPS)
         dy_0, dy_next = tokens_of_pair(dy_ring.index(pair % STAGES), WARPS)
+        if HEAD_DIM > 0:
+            of_pair = angles_ring.index(pair % STAGES)
+            dy_0, dy_next = rotate_pair(dy_0, dy_next, rotated, of_pair, sign, HEAD_DIM, WARPS)
         # The copies past the end are masked, not skipped: the count of groups in flight stays the same.
         ahead = pair + STAGES - 1
-        mask = ahead + rows * 0 < pairs_of_row
-        async_load(x_ring.index(ahead % STAGES), x_source + x_offsets, mask=mask)
-        async_load(dy_ring.index(ahead % STAGES), dy_source + dy_offsets, mask=mask)
+        copy_pair(x_ring.index(ahead % STAGES), x_source, x_stride, 2 * ahead, steps, WARPS)
+        copy_pair(dy_ring.index(ahead % STAGES), dy_source, D, 2 * ahead, steps, WARPS)
         x_source += 2 * x_stride
         dy_source += 2 * D
         if HEAD_DIM > 0:
-            mask = ahead + angles_rows * 0 < angles_pairs
-            async_load(angles_ring.index(ahead % STAGES), angles_source, mask=mask)
-            angles_source += 2 * HEAD_DIM
+            async_load(angles_ring.index(ahead % STAGES), angles, mask=2 * ahead < angle_steps)
+            angles += 2 * HEAD_DIM
         async_copy.commit_group()
-        if HEAD_DIM > 0:
-            angles = angles_ring.index(pair % STAGES)
-            dy_0, dy_next = rotate_pair(dy_0, dy_next, rotated, angles, sign, HEAD_DIM, WARPS)
 
         reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(WARPS))
 
-        z_operand = z_shared.index(pair).load(gl.DotOperandLayout(0, mma, 2))
+        z_operand = coefficients_of_pair(z_shared, pair).load(gl.DotOperandLayout(0, mma, 2))
         filters = mma_v2(z_operand, filter_basis.load(gl.DotOperandLayout(1, mma, 2)), zero)
         done_3, done_2, dx_3, dx_2, dx_1 = advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, reach, RESIDUAL, WARPS)
         # What a run's first tokens add to dx of the tokens before it, the run before it adds too.
@@ -239,9 +232,9 @@ def lowrank_backward_kernel(
         if TAIL:
             mask_3 = mask_3 & (2 * pair - 3 < left_of_run)
             mask_2 = mask_2 & (2 * pair - 2 < left_of_run)
-        gl.store(dx_ptr + (offset - 3 * D), done_3, mask=mask_3)
-        gl.store(dx_ptr + (offset - 2 * D), done_2, mask=mask_2)
-        offset += 2 * D
+        gl.store(destination, done_3, mask=mask_3)
+        gl.store(destination + D, done_2, mask=mask_2)
+        destination += 2 * D
 
         g_0 = product(dy_0, where_reached(x_0, reach, 0))
         g_1 = product(dy_0, where_reached(x_1, reach, 1))
@@ -276,7 +269,7 @@ def lowrank_backward_kernel(
         g_operand = gl.convert_layout(
             g_columns.reshape([2 * RUNS, TAPS * BLOCK]), gl.DotOperandLayout(1, mma, 2), assert_trivial=True
         )
-        z_operand = z_shared.index(pair).permute([1, 0]).load(gl.DotOperandLayout(0, mma, 2))
+        z_operand = coefficients_of_pair(z_shared, pair).permute([1, 0]).load(gl.DotOperandLayout(0, mma, 2))
         du = mma_v2(z_operand, g_operand, du)
 
         dz_shared.store(dz.reshape([WARPS, 2 * RUNS * RANKS]))
@@ -288,8 +281,11 @@ def lowrank_backward_kernel(
         x_1 = x_next
 
     # Three more tokens complete dx of each run's last three.
-    after = dy_ptr + offset
-    left_after = left_of_run - L
+    # Zero, but the compiler does not know: it makes anew what else it would keep in registers through the loop.
+    again = L % 2
+    run = run_starts(L, WARPS) + (L + again)
+    left_after = left - run
+    after = dy_ptr + (run * D + (lane_channels(HEAD_DIM, WARPS) + again * VECTOR))
     dy_0 = gl.load(after, mask=left_after > 0, other=0.0)
     dy_next = gl.load(after + D, mask=left_after > 1, other=0.0)
     dy_last = gl.load(after + 2 * D, mask=left_after > 2, other=0.0)
@@ -299,21 +295,21 @@ def lowrank_backward_kernel(
         )
     reach = None if positions_ptr is None else reach_after_shared.index(0).load(row_layout(WARPS))
     reach_last = None if positions_ptr is None else reach_after_shared.index(1).load(row_layout(WARPS))
-    z_operand = z_after_shared.index(0).load(gl.DotOperandLayout(0, mma, 2))
+    z_operand = coefficients_of_pair(z_after_shared, 0).load(gl.DotOperandLayout(0, mma, 2))
     filters = mma_v2(z_operand, filter_basis.load(gl.DotOperandLayout(1, mma, 2)), zero)
     done_3, done_2, dx_3, dx_2, dx_1 = advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, reach, RESIDUAL, WARPS)
-    z_operand = z_after_shared.index(1).load(gl.DotOperandLayout(0, mma, 2))
+    z_operand = coefficients_of_pair(z_after_shared, 1).load(gl.DotOperandLayout(0, mma, 2))
     filters = mma_v2(z_operand, filter_basis.load(gl.DotOperandLayout(1, mma, 2)), zero)
     # Of this pair only the first token matters, and of what it completes only the oldest.
     done_1, _, _, _, _ = advance_dx(filters, dy_last, dy_last, dx_3, dx_2, dx_1, reach_last, RESIDUAL, WARPS)
     if TAIL:
-        gl.store(dx_ptr + (offset - 3 * D), done_3, mask=left_after > -3)
-        gl.store(dx_ptr + (offset - 2 * D), done_2, mask=left_after > -2)
-        gl.store(dx_ptr + (offset - D), done_1, mask=left_after > -1)
+        gl.store(destination, done_3, mask=left_after > -3)
+        gl.store(destination + D, done_2, mask=left_after > -2)
+        gl.store(destination + 2 * D, done_1, mask=left_after > -1)
     else:
-        gl.store(dx_ptr + (offset - 3 * D), done_3)
-        gl.store(dx_ptr + (offset - 2 * D), done_2)
-        gl.store(dx_ptr + (offset - D), done_1)
+        gl.store(destination, done_3)
+        gl.store(destination + D, done_2)
+        gl.store(destination + 2 * D, done_1)
 
     # Where the member's partial sums of du begin: behind those of all channels of the members before it.
     before = (gl.program_id(0) * BLOCK - channel).to(gl.int64) * gl.num_programs(1) * gl.num_programs(2)

@@ -9,10 +9,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .lowrank_gluon_rotary import (
-    allocate_rotary_ring,
+    allocate_angles_ring,
+    angles_source,
+    angles_steps,
     is_rotated,
-    rotary_rows,
-    rotary_source,
     rotate_pair,
     rotation_sign,
 )
@@ -22,10 +22,13 @@ from .run_permuted_layout import (
     TAPS,
     VECTOR,
     WARP_CHANNELS,
+    allocate_coefficients,
     async_load,
     chosen,
-    copy_offsets,
-    copy_rows,
+    coefficients_of_pair,
+    copied_runs,
+    copy_pair,
+    copy_source,
     filters_of_pair,
     lane_channels,
     load_basis,
@@ -38,7 +41,7 @@ from .run_permuted_layout import (
     ring_layout,
     row_layout,
     run_starts,
-    stage_coefficients,
+    store_coefficients,
     tokens_of_pair,
     where_reached,
 )
@@ -98,38 +101,32 @@ def lowrank_forward_kernel(
     basis = load_basis(basis_ptr, static_ptr, R, D, HEAD_DIM, WARPS)
 
     ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, RUNS, BLOCK], ring_layout())
-    rows = copy_rows(L, WARPS)
-    source = x_ptr + copy_offsets(rows, x_stride, HEAD_DIM, WARPS)
-    # How many pairs to copy: past the end of a run none, and beyond the sequence none.
-    pairs_of_row = gl.minimum((left + 1 - rows) // 2, PAIRS) if TAIL else PAIRS + rows * 0
+    source = copy_source(x_ptr, L, x_stride, HEAD_DIM, WARPS)
+    # How many tokens of a run to copy: none past its end, and none beyond the sequence.
+    steps = gl.minimum(left - copied_runs(WARPS) * L, L) if TAIL else L + copied_runs(WARPS) * 0
     if HEAD_DIM > 0:
         rotated = is_rotated(ROTATED, member, T)
         sign = rotation_sign(-1, WARPS)
-        angles_ring = allocate_rotary_ring(STAGES, HEAD_DIM)
-        angles_rows = rotary_rows(L, HEAD_DIM, WARPS)
-        angles_token = batch * rotary_tokens + start
-        cos_ptr += angles_token * HEAD_DIM
-        sin_ptr += angles_token * HEAD_DIM
-        angles_source = rotary_source(cos_ptr, sin_ptr, angles_rows, HEAD_DIM, WARPS)
-        angles_pairs = gl.where(rotated, PAIRS, 0) + angles_rows * 0
-        if TAIL:
-            angles_pairs = gl.minimum((left + 1 - angles_rows) // 2, angles_pairs)
+        angles_ring = allocate_angles_ring(STAGES, HEAD_DIM)
+        first_angle = (batch * rotary_tokens + start) * HEAD_DIM
+        cos_ptr += first_angle
+        sin_ptr += first_angle
+        angles = angles_source(cos_ptr, sin_ptr, L, HEAD_DIM, WARPS)
+        angle_steps = angles_steps(rotated, left, L, HEAD_DIM, TAIL, WARPS)
     for stage in gl.static_range(STAGES - 1):
-        if TAIL:
-            async_load(ring.index(stage), source, mask=stage < pairs_of_row)
-        else:
-            async_load(ring.index(stage), source)
+        copy_pair(ring.index(stage), source, x_stride, 2 * stage, steps, WARPS)
         source += 2 * x_stride
         if HEAD_DIM > 0:
-            async_load(angles_ring.index(stage), angles_source, mask=stage < angles_pairs)
-            angles_source += 2 * HEAD_DIM
+            async_load(angles_ring.index(stage), angles, mask=2 * stage < angle_steps)
+            angles += 2 * HEAD_DIM
         async_copy.commit_group()
 
     x_3 = load_halo(x_ptr, state_ptr, 3, start, T, L, x_stride, D, HEAD_DIM, WARPS)
     x_2 = load_halo(x_ptr, state_ptr, 2, start, T, L, x_stride, D, HEAD_DIM, WARPS)
     x_1 = load_halo(x_ptr, state_ptr, 1, start, T, L, x_stride, D, HEAD_DIM, WARPS)
 
-    z_shared = stage_coefficients(coefficients, PAIRS)
+    z_shared = allocate_coefficients(PAIRS)
+    store_coefficients(z_shared, 0, coefficients)
     if positions_ptr is not None:
         reach_shared = load_reach(positions_ptr + token, 0, PAIRS, L, L, left, WARPS)
 
@@ -143,15 +140,15 @@ def lowrank_forward_kernel(
         async_copy.wait_group(STAGES - 2)
         # The copies past the end are masked, not skipped: the count of groups in flight stays the same.
         ahead = pair + STAGES - 1
-        async_load(ring.index(ahead % STAGES), source, mask=ahead < pairs_of_row)
+        copy_pair(ring.index(ahead % STAGES), source, x_stride, 2 * ahead, steps, WARPS)
         source += 2 * x_stride
         if HEAD_DIM > 0:
-            async_load(angles_ring.index(ahead % STAGES), angles_source, mask=ahead < angles_pairs)
-            angles_source += 2 * HEAD_DIM
+            async_load(angles_ring.index(ahead % STAGES), angles, mask=2 * ahead < angle_steps)
+            angles += 2 * HEAD_DIM
         async_copy.commit_group()
 
         x_0, x_next = tokens_of_pair(ring.index(pair % STAGES), WARPS)
-        z_operand = z_shared.index(pair).load(gl.DotOperandLayout(0, mma, 2))
+        z_operand = coefficients_of_pair(z_shared, pair).load(gl.DotOperandLayout(0, mma, 2))
         k_0, k_1, k_2, k_3, n_0, n_1, n_2, n_3 = filters_of_pair(mma_v2(z_operand, basis_operand, zero), WARPS)
         reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(WARPS))
 

@@ -17,10 +17,10 @@ from triton.experimental.gluon import language as gl
 from .run_permuted_layout import RUNS, WARP_CHANNELS, lane_layout, lane_positions, run_starts
 
 __all__ = [
-    "allocate_rotary_ring",
+    "allocate_angles_ring",
+    "angles_source",
+    "angles_steps",
     "is_rotated",
-    "rotary_rows",
-    "rotary_source",
     "rotate_after_runs",
     "rotate_pair",
     "rotation_sign",
@@ -28,7 +28,7 @@ __all__ = [
 
 
 @gluon.constexpr_function
-def rotary_ring_layout(head_dim):
+def angles_ring_layout(head_dim):
     """Shared memory for cos and sin of two tokens of all runs, [2, 2, G, HALF].
 
     Lanes read 32 bytes of each run; the swizzle gives four runs all banks between them.
@@ -38,7 +38,7 @@ def rotary_ring_layout(head_dim):
 
 
 @gluon.constexpr_function
-def rotary_copy_layout(head_dim, warps):
+def angles_copy_layout(head_dim, warps):
     """[2, 2, G, HALF] for copies from global to shared memory, 16 bytes a lane."""
     lanes_of_row = head_dim // 16
     runs = min(8, 32 // lanes_of_row)
@@ -48,7 +48,7 @@ def rotary_copy_layout(head_dim, warps):
 
 
 @gluon.constexpr_function
-def rotary_load_layout(head_dim, warps):
+def angles_load_layout(head_dim, warps):
     """[2, 2, G, HALF] in registers: for each lane the 8 frequencies of its channels."""
     registers = [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 1, 0, 0], [1, 0, 0, 0]]
     lanes = [[0, 0, 0, 8], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
@@ -81,32 +81,45 @@ def is_rotated(ROTATED: gl.constexpr, member, T):
 
 
 @gluon.jit
-def allocate_rotary_ring(STAGES: gl.constexpr, HEAD_DIM: gl.constexpr):
-    layout: gl.constexpr = rotary_ring_layout(HEAD_DIM)
-    return gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, 2, RUNS, HEAD_DIM // 2], layout)
+def allocate_angles_ring(STAGES: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Shared memory for cos and sin of the tokens of STAGES pairs."""
+    shape: gl.constexpr = [STAGES, 2, 2, RUNS, HEAD_DIM // 2]
+    return gl.allocate_shared_memory(gl.bfloat16, shape, angles_ring_layout(HEAD_DIM))
 
 
 @gluon.jit
-def rotary_rows(L, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
-    """The token each row of a copy stands for, for the first pair, counted from the block's start: [1, 2, G, 1]."""
-    layout: gl.constexpr = rotary_copy_layout(HEAD_DIM, warps)
-    token = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout))))
-    run = gl.arange(0, RUNS, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout))))
-    return token[None, :, None, None] + (run * L)[None, None, :, None]
+def angles_rows(HEAD_DIM: gl.constexpr, warps: gl.constexpr):
+    """Token of the pair and run of each row of a copy: [1, 2, G, 1] both."""
+    layout: gl.constexpr = angles_copy_layout(HEAD_DIM, warps)
+    token = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[None, :, None, None]
+    run = gl.arange(0, RUNS, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout))))[None, None, :, None]
+    return token + run * 0, run + token * 0
 
 
 @gluon.jit
-def rotary_source(cos_ptr, sin_ptr, rows, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
-    """Pointers to copy from for the first pair, [2, 2, G, HALF]: cos, then sin."""
-    layout: gl.constexpr = rotary_copy_layout(HEAD_DIM, warps)
+def angles_source(cos_ptr, sin_ptr, L, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
+    """Where copies read the first pair of each run, [2, 2, G, HALF]: cos, then sin."""
+    layout: gl.constexpr = angles_copy_layout(HEAD_DIM, warps)
     which = gl.arange(0, 2, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[:, None, None, None]
     frequency = gl.arange(0, HEAD_DIM // 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))
-    offsets = rows * HEAD_DIM + frequency[None, None, None, :] + which * 0
+    token, run = angles_rows(HEAD_DIM, warps)
+    offsets = (run * L + token) * HEAD_DIM + frequency[None, None, None, :] + which * 0
     return gl.where(which + offsets * 0 == 0, cos_ptr + offsets, sin_ptr + offsets)
 
 
 @gluon.jit
-def load_rotary(pointer, token, mask, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
+def angles_steps(rotated, left, L, HEAD_DIM: gl.constexpr, TAIL: gl.constexpr, warps: gl.constexpr):
+    """How far copies of the angles go, [1, 2, G, 1]: pairs that begin before this many tokens of a run are copied."""
+    token, run = angles_rows(HEAD_DIM, warps)
+    steps = gl.where(rotated, L, 0)
+    if TAIL:
+        return gl.minimum(left - run * L - token, steps)
+    else:
+        return steps + run * 0
+
+
+@gluon.jit
+def load_angles(pointer, token, mask, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
     """cos or sin of one token of each run, as a lane tile; `pointer` is to the block's first token."""
     position = lane_positions(warps)
     piece = position // 16
@@ -115,10 +128,9 @@ def load_rotary(pointer, token, mask, HEAD_DIM: gl.constexpr, warps: gl.constexp
 
 
 @gluon.jit
-def rotary_of_pair(stage, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
+def angles_of_pair(stage, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
     """cos and sin of the first token of a pair, then of the second, as lane tiles."""
-    tile = stage.load(rotary_load_layout(HEAD_DIM, warps)).permute([2, 3, 0, 1])
-    first, second = tile.split()
+    first, second = stage.load(angles_load_layout(HEAD_DIM, warps)).permute([2, 3, 0, 1]).split()
     cos, sin = first.split()
     cos_next, sin_next = second.split()
     return (
@@ -154,11 +166,33 @@ def rotation_sign(first: gl.constexpr, warps: gl.constexpr):
 
 @gluon.jit
 def rotate_pair(y, y_next, rotated, stage, sign, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
+    # Through the branch in pairs, as registers hold them: one by one, they would be taken apart for it.
+    y = packed(y)
+    y_next = packed(y_next)
+    sign = packed(sign)
     if rotated:
-        cos, sin, cos_next, sin_next = rotary_of_pair(stage, HEAD_DIM, warps)
-        y = rotate(y, cos, sin, sign)
-        y_next = rotate(y_next, cos_next, sin_next, sign)
-    return y, y_next
+        cos, sin, cos_next, sin_next = angles_of_pair(stage, HEAD_DIM, warps)
+        y = rotate(y, packed(cos), packed(sin), sign)
+        y_next = rotate(y_next, packed(cos_next), packed(sin_next), sign)
+    return unpacked(y), unpacked(y_next)
+
+
+@gluon.jit
+def packed(tile):
+    """A lane tile of bfloat16 as one of int32: neighbouring channels in pairs."""
+    low, high = tile.reshape([tile.shape[0], tile.shape[1], tile.shape[2] // 2, 2]).split()
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def unpacked(tile):
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [tile], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
+    )
+    joined = gl.join(low, high).reshape([tile.shape[0], tile.shape[1], 2 * tile.shape[2]])
+    return gl.convert_layout(joined, lane_layout(tile.shape[0]), assert_trivial=True)
 
 
 @gluon.jit
@@ -166,17 +200,18 @@ def rotate_after_runs(
     dy_0, dy_next, dy_last, rotated, cos_ptr, sin_ptr, left, L, sign, HEAD_DIM: gl.constexpr, warps: gl.constexpr
 ):
     """The three tokens after each run; pointers are to the block's first token, `left` counts tokens after the run."""
+    sign = packed(sign)
     if rotated:
         token = run_starts(L, warps) + L
-        cos = load_rotary(cos_ptr, token, left > 0, HEAD_DIM, warps)
-        sin = load_rotary(sin_ptr, token, left > 0, HEAD_DIM, warps)
-        dy_0 = rotate(dy_0, cos, sin, sign)
-        cos = load_rotary(cos_ptr, token + 1, left > 1, HEAD_DIM, warps)
-        sin = load_rotary(sin_ptr, token + 1, left > 1, HEAD_DIM, warps)
-        dy_next = rotate(dy_next, cos, sin, sign)
-        cos = load_rotary(cos_ptr, token + 2, left > 2, HEAD_DIM, warps)
-        sin = load_rotary(sin_ptr, token + 2, left > 2, HEAD_DIM, warps)
-        dy_last = rotate(dy_last, cos, sin, sign)
+        cos = load_angles(cos_ptr, token, left > 0, HEAD_DIM, warps)
+        sin = load_angles(sin_ptr, token, left > 0, HEAD_DIM, warps)
+        dy_0 = unpacked(rotate(packed(dy_0), packed(cos), packed(sin), sign))
+        cos = load_angles(cos_ptr, token + 1, left > 1, HEAD_DIM, warps)
+        sin = load_angles(sin_ptr, token + 1, left > 1, HEAD_DIM, warps)
+        dy_next = unpacked(rotate(packed(dy_next), packed(cos), packed(sin), sign))
+        cos = load_angles(cos_ptr, token + 2, left > 2, HEAD_DIM, warps)
+        sin = load_angles(sin_ptr, token + 2, left > 2, HEAD_DIM, warps)
+        dy_last = unpacked(rotate(packed(dy_last), packed(cos), packed(sin), sign))
     return dy_0, dy_next, dy_last
 
 
@@ -194,7 +229,7 @@ def rotate(y, cos, sin, sign):
         }""",
         "=r,r,r,r,r",
         [y, cos, sin, sign],
-        dtype=gl.bfloat16,
+        dtype=gl.int32,
         is_pure=True,
-        pack=2,
+        pack=1,
     )

@@ -38,11 +38,14 @@ __all__ = [
     "TAPS",
     "VECTOR",
     "WARP_CHANNELS",
+    "allocate_coefficients",
     "async_load",
     "channel_of",
     "chosen",
-    "copy_offsets",
-    "copy_rows",
+    "coefficients_of_pair",
+    "copied_runs",
+    "copy_pair",
+    "copy_source",
     "filters_of_pair",
     "lane_channels",
     "lane_layout",
@@ -58,7 +61,7 @@ __all__ = [
     "ring_load_layout",
     "row_layout",
     "run_starts",
-    "stage_coefficients",
+    "store_coefficients",
     "tokens_of_pair",
     "where_reached",
 ]
@@ -164,19 +167,27 @@ def channel_of(position, HEAD_DIM: gl.constexpr):
 
 
 @gluon.jit
-def copy_rows(L, warps: gl.constexpr):
-    """The token each row of a copy stands for, for the first pair, counted from the block's start: [2, G, 1]."""
-    layout: gl.constexpr = copy_layout(warps)
-    token = gl.arange(0, 2, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    run = gl.arange(0, RUNS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    return token[:, None, None] + (run * L)[None, :, None]
+def copied_runs(warps: gl.constexpr):
+    """The run of each row of a copy: [1, G, 1]."""
+    return gl.arange(0, RUNS, gl.SliceLayout(0, gl.SliceLayout(2, copy_layout(warps))))[None, :, None]
 
 
 @gluon.jit
-def copy_offsets(rows, stride, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
-    layout: gl.constexpr = copy_layout(warps)
-    position = gl.arange(0, warps * WARP_CHANNELS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    return rows * stride + channel_of(position, HEAD_DIM)[None, None, :]
+def copy_source(pointer, L, stride, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
+    """Where copies read the first token of each run, [1, G, warps * C]; `pointer` is to the block's first token."""
+    layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, copy_layout(warps)))
+    position = gl.arange(0, warps * WARP_CHANNELS, layout)
+    return pointer + (copied_runs(warps) * (L * stride) + channel_of(position, HEAD_DIM)[None, None, :])
+
+
+@gluon.jit
+def copy_pair(stage, source, stride, step, steps, warps: gl.constexpr):
+    """Starts to copy the tokens `step` and `step + 1` of each run; those from `steps` on ([1, G, 1]) become zero.
+
+    `source` is to the token `step`: pointers to both, carried from pair to pair, would not fit into the registers.
+    """
+    token = gl.arange(0, 2, gl.SliceLayout(1, gl.SliceLayout(2, copy_layout(warps))))[:, None, None]
+    async_load(stage, source + token * stride, mask=step + token < steps)
 
 
 @gluon.jit
@@ -216,13 +227,30 @@ def load_coefficients(z_ptr, first, rows: gl.constexpr, L, steps, left, R: gl.co
     return gl.load(z_ptr + (token * stride)[:, None] + rank[None, :], mask=mask, other=1.0).to(gl.bfloat16)
 
 
+@gluon.constexpr_function
+def coefficients_layout():
+    return gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
+
+
 @gluon.jit
-def stage_coefficients(coefficients, pairs: gl.constexpr):
-    """Coefficients in shared memory, [pairs, 2 * G, K]: a matrix operand for each pair, free of bank conflicts."""
-    layout: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
-    memory = gl.allocate_shared_memory(gl.bfloat16, [pairs * 2 * RUNS, RANKS], layout)
-    memory.store(coefficients)
-    return reinterpret(memory, [pairs, 2 * RUNS, RANKS], layout)
+def allocate_coefficients(pairs: gl.constexpr):
+    """Shared memory for coefficients, [pairs * 2 * G, K]: free of bank conflicts as a matrix operand."""
+    return gl.allocate_shared_memory(gl.bfloat16, [pairs * 2 * RUNS, RANKS], coefficients_layout())
+
+
+@gluon.jit
+def store_coefficients(memory, piece, coefficients):
+    """Puts coefficients as from `load_coefficients` into shared memory; `piece` counts such tiles."""
+    rows: gl.constexpr = coefficients.shape[0]
+    pieces = reinterpret(memory, [memory.shape[0] // rows, rows, RANKS], coefficients_layout())
+    pieces.index(piece).store(coefficients)
+
+
+@gluon.jit
+def coefficients_of_pair(memory, pair):
+    """[2 * G, K] in shared memory."""
+    pairs: gl.constexpr = memory.shape[0] // (2 * RUNS)
+    return reinterpret(memory, [pairs, 2 * RUNS, RANKS], coefficients_layout()).index(pair)
 
 
 @gluon.jit

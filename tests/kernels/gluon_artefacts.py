@@ -6,6 +6,7 @@ Compiling needs kernels that are not interpreted: run it with TRITON_INTERPRET u
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -16,28 +17,37 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from dynconv_hf.kernels import lowrank_gluon
 
 COMMON = {
-    "x_ptr": "*bf16",
     "coefficients_ptr": "*bf16",
-    "basis_ptr": "*bf16",
-    "static_ptr": "*bf16",
     "positions_ptr": None,
-    "state_ptr": None,
+    "cos_ptr": None,
+    "sin_ptr": None,
     "T": "i32",
-    "D": 2048,
+    "z_stride": "i32",
+    "z_member_stride": "i32",
+    "rotary_tokens": "i32",
     "R": 15,
-    "X_STRIDE": 2048,
-    "Z_STRIDE": 15,
+    "HEAD_DIM": 0,
     "RESIDUAL": True,
     "TAIL": False,
 }
-FORWARD = {"y_ptr": "*bf16", "L": 16, "WARPS": 4, "STAGES": 6}
+# What differs between the members of a group. In channels and strides the compiler is told a factor of 16.
+MEMBER = {
+    "x_ptrs": "*bf16",
+    "basis_ptrs": "*bf16",
+    "static_ptrs": "*bf16",
+    "state_ptrs": None,
+    "channels": "i32",
+    "x_strides": "i32",
+    "ROTATED": False,
+}
+FORWARD = {"y_ptrs": "*bf16", "L": 16, "WARPS": 4, "STAGES": 6}
 BACKWARD = {
-    "dy_ptr": "*bf16",
-    "dx_ptr": "*bf16",
+    "dy_ptrs": "*bf16",
+    "dx_ptrs": "*bf16",
     "dz_partial_ptr": "*fp32",
     "du_partial_ptr": "*fp32",
     "L": "i32",
-    "MAX_L": 128,
+    "MAX_L": 256,
     "WARPS": 8,
     "STAGES": 4,
 }
@@ -45,30 +55,49 @@ VARIANTS = {
     "common": {},
     "tail": {"TAIL": True},
     "positions": {"positions_ptr": "*i64"},
-    "all": {"TAIL": True, "positions_ptr": "*i64", "state_ptr": "*bf16"},
-    "float32 parameters": {"basis_ptr": "*fp32", "static_ptr": "*fp32"},
-    "no static filter": {"static_ptr": None, "R": 16, "RESIDUAL": False},
+    "all": {"TAIL": True, "positions_ptr": "*i64", "state_ptrs": "*bf16"},
+    "float32 parameters": {"basis_ptrs": "*fp32", "static_ptrs": "*fp32"},
+    "no static filter": {"static_ptrs": None, "R": 16, "RESIDUAL": False},
 }
-OTHER_SHAPES = {
-    "4 warps": {"WARPS": 4, "D": 384, "X_STRIDE": 384},
-    "long runs": {"MAX_L": 256, "D": 8192, "X_STRIDE": 8192},
-}
+OTHER_SHAPES = {"4 warps": {"WARPS": 4, "MAX_L": 128}}
+ROTATED = {"cos_ptr": "*bf16", "sin_ptr": "*bf16", "ROTATED": True}
 
 
 def cases() -> Iterator[tuple]:
+    """Name, kernel, arguments, size of the group."""
+    forward, backward = lowrank_gluon.lowrank_forward_kernel, lowrank_gluon.lowrank_backward_kernel
     for name, variant in VARIANTS.items():
-        yield f"forward, {name}", lowrank_gluon.lowrank_forward_kernel, COMMON | FORWARD | variant
+        yield f"forward, {name}", forward, COMMON | MEMBER | FORWARD | variant, 1
     for name, variant in (VARIANTS | OTHER_SHAPES).items():
-        yield f"backward, {name}", lowrank_gluon.lowrank_backward_kernel, COMMON | BACKWARD | variant
+        yield f"backward, {name}", backward, COMMON | MEMBER | BACKWARD | variant, 1
+    yield "backward, group", backward, COMMON | MEMBER | BACKWARD, 3
+    for head_dim in lowrank_gluon.HEAD_DIMS:
+        rope = ROTATED | {"HEAD_DIM": head_dim}
+        for name in ("common", "tail", "positions", "all") if head_dim == 64 else ("common", "all"):
+            variant = VARIANTS[name] | rope
+            yield f"forward, RoPE {head_dim}, {name}", forward, COMMON | MEMBER | FORWARD | variant, 3
+            yield f"backward, RoPE {head_dim}, {name}", backward, COMMON | MEMBER | BACKWARD | variant, 3
+    for name, shape in OTHER_SHAPES.items():
+        variant = shape | ROTATED | {"HEAD_DIM": 128}
+        yield f"backward, RoPE 128, {name}", backward, COMMON | MEMBER | BACKWARD | variant, 3
 
 
-def compiled_cubin(kernel, arguments: dict) -> bytes:
-    signature = {name: value if isinstance(value, str) else "constexpr" for name, value in arguments.items()}
-    constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
-    }
-    source = GluonASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, aligned)
+def compiled_cubin(kernel, arguments: dict, members: int) -> bytes:
+    signature, constants, aligned = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        of_members = name in MEMBER or (name.endswith("_ptrs") and value is not None)
+        if not isinstance(value, str):
+            signature[name] = "constexpr"
+            constants[name] = (value,) * members if name == "ROTATED" else value
+        elif of_members:
+            signature[name] = (value,) * members
+            aligned |= {(i, member): [["tt.divisibility", 16]] for member in range(members)}
+        else:
+            signature[name] = value
+            if value.startswith("*"):
+                aligned[(i,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": arguments["WARPS"]}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
 
@@ -84,5 +113,8 @@ def local_memory(cubin: bytes) -> int:
 
 
 if __name__ == "__main__":
-    for name, kernel, arguments in cases():
-        print(json.dumps({"case": name, "spilled": local_memory(compiled_cubin(kernel, arguments))}), flush=True)
+    # As an argument, a word that the cases of interest have in their names.
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    for name, *case in cases():
+        if wanted in name:
+            print(json.dumps({"case": name, "spilled": local_memory(compiled_cubin(*case))}), flush=True)

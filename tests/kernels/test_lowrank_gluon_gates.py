@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dynconv_hf.kernels import lowrank_gluon
+from dynconv_hf.kernels.rotary import Rotary
 
 needs_gluon = pytest.mark.skipif(lowrank_gluon.MISSING is not None, reason=str(lowrank_gluon.MISSING))
 
@@ -45,6 +46,41 @@ def test_covers_says_why_not(options, reason):
     assert reason in call(**options)
 
 
+def group_call(
+    channels=(256, 128), rotated=(True, False), head_dim=64, rotary_dim=None, dtype=torch.bfloat16, **options
+):
+    members = len(channels)
+    statics = options.get("statics", [torch.empty(4, d, dtype=dtype) for d in channels])
+    angles = torch.empty(1, 100, rotary_dim or head_dim, dtype=options.get("angles", dtype))
+    return lowrank_gluon.covers_group(
+        [torch.empty(2, 100, d, dtype=torch.bfloat16) for d in channels],
+        torch.empty(2, 100, members, 15, dtype=torch.bfloat16),
+        [torch.empty(15, 4, d, dtype=dtype) for d in channels],
+        statics,
+        None,
+        [None] * members,
+        Rotary(angles, angles, head_dim, rotated),
+    )
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "no NVIDIA GPU"),
+        ({"channels": (256, 192)}, "D is 192"),
+        ({"head_dim": 96}, "heads of 96"),
+        ({"head_dim": 96, "rotated": (False, False)}, "no NVIDIA GPU"),
+        ({"rotary_dim": 32}, "32 of the 64"),
+        ({"angles": torch.float32}, "cos and sin are torch.float32"),
+        ({"statics": [torch.empty(4, 256), torch.empty(4, 128).bfloat16()]}, "mixes torch.bfloat16 and torch.float32"),
+        ({"statics": [torch.empty(4, 256), None]}, "mixes None and torch.float32"),
+    ],
+)
+def test_covers_group_says_why_not(options, reason):
+    assert reason in group_call(**options)
+
+
 @needs_gluon
 @pytest.mark.parametrize(("processors", "shared_memory"), [(132, 232448), (108, 166912), (128, 101376), (46, 101376)])
 @pytest.mark.parametrize("channels", [(128,), (256,), (1152,), (2048, 512, 512), (384, 384, 256), (8192,)])
@@ -61,7 +97,7 @@ def test_the_plan_covers_all_tokens_within_the_device(batch, tokens, channels, h
 
 @needs_gluon
 def test_the_plan_of_the_usual_shape_is_one_full_wave():
-    assert lowrank_gluon.divide_work(4, 4096, (2048,), 0, 132, 232448) == (8, 128, 128, 4)
+    assert lowrank_gluon.divide_work(4, 4096, (2048,), 0, 132, 232448) == (8, 256, 128, 4)
 
 
 def test_nothing_spills():
@@ -72,5 +108,5 @@ def test_nothing_spills():
     )
     assert result.returncode == 0, result.stderr
     spilled = {row["case"]: row["spilled"] for row in map(json.loads, result.stdout.splitlines())}
-    assert len(spilled) == 14
+    assert len(spilled) == 31
     assert not any(spilled.values()), spilled

@@ -84,10 +84,7 @@ class Group:
         return torch.autograd.grad(self.rotate(y, member), y, dy)[0]
 
     def check_ungrouped(self):
-        """The same bits as the convolution of each tensor for itself, and transformers' RoPE after it.
-
-        Not so the sums over tokens: how these are divided depends on the group.
-        """
+        """The same bits as the convolution of each tensor for itself, and transformers' RoPE after it."""
         ys, dxs, dcoefficients, *_, dstates = self.run()
         for i, (y, dx) in enumerate(zip(ys, dxs, strict=True)):
             inputs = (self.xs[i], self.coefficients[:, :, i], self.bases[i], self.statics[i], self.residual)
@@ -95,7 +92,8 @@ class Group:
             assert torch.equal(y, self.rotate(lowrank_gluon.forward(*inputs), i))
             one = lowrank_gluon.backward(self.rotate_back(self.dys[i], i), *inputs)
             assert torch.equal(dx, one[0])
-            assert torch.equal(dcoefficients[:, :, i], one[1])
+            # A sum over channels, which RoPE has in another order.
+            torch.testing.assert_close(dcoefficients[:, :, i], one[1])
             assert (dstates[i] is None and one[4] is None) or torch.equal(dstates[i], one[4])
 
     def check(self):
@@ -141,7 +139,7 @@ def test_same_bits_as_one_by_one(channels, head_dim, monkeypatch):
     rotated = tuple(i != 2 for i in range(len(channels)))
     # The same division of work for the group and for its members, or sums of dx and dz would differ in their order.
     warps = 8 if all(size % 256 == 0 for size in channels) else 4
-    for run_length, tokens in ((64, 1024), (128, 1500), (10, 77), (8, 3)):
+    for run_length, tokens in ((64, 1024), (128, 2500), (10, 77), (8, 3)):
         plan = lowrank_gluon.Plan(warps, 128, run_length, -(-tokens // (8 * run_length)))
         monkeypatch.setattr(lowrank_gluon, "plan_backward_group", lambda *shape, plan=plan: plan)
         for masked in (False, True):
@@ -194,9 +192,7 @@ def test_slices_of_a_fused_projection():
 @pytest.mark.parametrize("channels", [GQA, SMALL])
 def test_the_same_bits_every_time(channels):
     group = Group(2, 2000, channels, 128, positions=True, state=True)
-    first = group.run()
+    first = tree_leaves(group.run())
     for _ in range(10):
-        for a, b in zip(
-            torch.utils._pytree.tree_leaves(first), torch.utils._pytree.tree_leaves(group.run()), strict=True
-        ):
+        for a, b in zip(first, tree_leaves(group.run()), strict=True):
             assert torch.equal(a, b)
