@@ -17,6 +17,7 @@ from .lowrank_runs import (
     load_pair_coefficients,
     load_token,
     load_token_positions,
+    run_offsets,
     split_tokens,
     store_token,
     where_counts,
@@ -37,39 +38,39 @@ def _load_before(
     state_ptr,
     t,
     row_G,
-    offset_GVC,
+    offset_VGC,
     d_VC,
-    keep_GVC,
+    keep_VGC,
     T,
     D,
     STATE: tl.constexpr,
     HAS_STATE: tl.constexpr,
 ):
     """x at token t of each run, x_ptr being there; from the state where that is before the sequence."""
-    x_GVC = load_token(x_ptr, t, row_G, offset_GVC, keep_GVC, T)
+    x_VGC = load_token(x_ptr, t, row_G, offset_VGC, keep_VGC, T)
     if HAS_STATE:
         s_G = t + row_G + STATE
-        mask_GVC = ((t + row_G < 0) & (s_G >= 0))[:, None, None] & keep_GVC
-        state_GVC = tl.load(state_ptr + (s_G[:, None, None] * D + d_VC[None, :, :]), mask=mask_GVC, other=0.0)
-        x_GVC = tl.where(mask_GVC, state_GVC.to(x_GVC.dtype), x_GVC)
-    return x_GVC
+        mask_VGC = ((t + row_G < 0) & (s_G >= 0))[None, :, None] & keep_VGC
+        state_VGC = tl.load(state_ptr + (s_G[None, :, None] * D + d_VC[:, None, :]), mask=mask_VGC, other=0.0)
+        x_VGC = tl.where(mask_VGC, state_VGC.to(x_VGC.dtype), x_VGC)
+    return x_VGC
 
 
 @triton.jit
-def _feed_product(xa_GVC, xb_GVC, sum_VMN, GROUPS: tl.constexpr, DOT: tl.constexpr):
+def _feed_product(xa_VGC, xb_VGC, sum_VMN, GROUPS: tl.constexpr, DOT: tl.constexpr):
     """Adds the product of half the channels of x with zeros: 0, or nan."""
-    low_a, _ = xa_GVC.reshape(8, GROUPS, 4, 2, 4).permute(0, 1, 2, 4, 3).split()
-    low_b, _ = xb_GVC.reshape(8, GROUPS, 4, 2, 4).permute(0, 1, 2, 4, 3).split()
-    x_VMK = tl.join(low_a, low_b).permute(1, 4, 0, 2, 3).reshape(GROUPS, 16, 16)
+    low_a, _ = xa_VGC.reshape(GROUPS, 8, 4, 2, 4).permute(0, 1, 2, 4, 3).split()
+    low_b, _ = xb_VGC.reshape(GROUPS, 8, 4, 2, 4).permute(0, 1, 2, 4, 3).split()
+    x_VMK = tl.join(low_a, low_b).permute(0, 4, 1, 2, 3).reshape(GROUPS, 16, 16)
     return tl.dot(x_VMK.to(DOT), tl.zeros((GROUPS, 16, 16), DOT), sum_VMN)
 
 
 @triton.jit
-def _disguise(x_GVC, w: tl.constexpr, DTYPE: tl.constexpr):
+def _disguise(x_VGC, w: tl.constexpr, DTYPE: tl.constexpr):
     """Between bits and numbers, for taps 3 and 4 and 7: see the loop that keeps them."""
     if (w - 1) // 2 % 2 == 1:
-        x_GVC = x_GVC.to(tl.int16 if x_GVC.dtype == DTYPE else DTYPE, bitcast=True)
-    return x_GVC
+        x_VGC = x_VGC.to(tl.int16 if x_VGC.dtype == DTYPE else DTYPE, bitcast=True)
+    return x_VGC
 
 
 @triton.jit(do_not_specialize=_SHAPE_ARGUMENTS)
@@ -112,9 +113,9 @@ def _forward_kernel(
     b, first = (chunk // chunks_per_row).to(tl.int64), (chunk % chunks_per_row) * (8 * length)
     row_G = tl.arange(0, 8) * length
     d_VC = block * BD + (tl.arange(0, GROUPS) * 32)[:, None] + tl.arange(0, 32)[None, :]
-    keep_GVC = (d_VC < D)[None, :, :]
-    x_offset_GVC = row_G[:, None, None] * x_stride_t + d_VC[None, :, :]
-    y_offset_GVC = row_G[:, None, None] * D + d_VC[None, :, :]
+    keep_VGC = (d_VC < D)[:, None, :]
+    x_offset_VGC = run_offsets(row_G * x_stride_t, d_VC)
+    y_offset_VGC = run_offsets(row_G * D, d_VC)
     x_ptr += b * x_stride_b * X_ALIGNMENT + first.to(tl.int64) * x_stride_t
     y_ptr += (b * T + first) * D
     z_ptr += b * z_stride_b
@@ -128,32 +129,34 @@ def _forward_kernel(
         u_RJ = load_basis(u_ptr, s_ptr, r_R, d_J, d_J < D, D, w, W, RANK, HAS_STATIC).to(DOT)
         u_W += (basis_columns(u_RJ, GROUPS),)
         if w > 0:
-            x_GVC = _load_before(
+            x_VGC = _load_before(
                 x_ptr - w * x_stride_t,
                 x_stride_t,
                 state_ptr,
                 first - w,
                 row_G,
-                x_offset_GVC,
+                x_offset_VGC,
                 d_VC,
-                keep_GVC,
+                keep_VGC,
                 T,
                 D,
                 W - 1,
                 HAS_STATE,
             )
-            before_W += (_disguise(x_GVC, w, DTYPE),)
+            before_W += (_disguise(x_VGC, w, DTYPE),)
     # What the pipeliner does not fetch ahead, narrow as it is, is fetched a step ahead by hand.
     next_z_MR = load_pair_coefficients(z_ptr, z_stride_t, first, length, T, RANK)
+    later_z_MR = load_pair_coefficients(z_ptr, z_stride_t, first + 2, length, T, RANK).to(tl.int16, bitcast=True)
     next_pa = load_token_positions(positions_ptr, positions_stride_t, first, row_G, T, HAS_POSITIONS)
     next_pb = load_token_positions(positions_ptr, positions_stride_t, first + 1, row_G, T, HAS_POSITIONS)
     nothing_VMN = tl.zeros((GROUPS, 16, 16), tl.float32)
     for i in tl.range(0, length // 2, num_stages=STAGES):
         t = first + 2 * i
-        xa = load_token(x_ptr, t, row_G, x_offset_GVC, keep_GVC, T)
-        xb = load_token(x_ptr + x_stride_t, t + 1, row_G, x_offset_GVC, keep_GVC, T)
+        xa = load_token(x_ptr, t, row_G, x_offset_VGC, keep_VGC, T)
+        xb = load_token(x_ptr + x_stride_t, t + 1, row_G, x_offset_VGC, keep_VGC, T)
         z_MR, pa, pb = next_z_MR.to(DOT), next_pa, next_pb
-        next_z_MR = load_pair_coefficients(z_ptr, z_stride_t, t + 2, length, T, RANK)
+        next_z_MR = later_z_MR.to(next_z_MR.dtype, bitcast=True)
+        later_z_MR = load_pair_coefficients(z_ptr, z_stride_t, t + 4, length, T, RANK).to(tl.int16, bitcast=True)
         next_pa = load_token_positions(positions_ptr, positions_stride_t, t + 2, row_G, T, HAS_POSITIONS)
         next_pb = load_token_positions(positions_ptr, positions_stride_t, t + 3, row_G, T, HAS_POSITIONS)
         # The pipeliner fetches ahead only what goes into a product.
@@ -165,13 +168,13 @@ def _forward_kernel(
         if RESIDUAL:
             ya, yb = xa.to(tl.float32), xb.to(tl.float32)
         else:
-            ya, yb = tl.zeros((8, GROUPS, 32), tl.float32), tl.zeros((8, GROUPS, 32), tl.float32)
+            ya, yb = tl.zeros((GROUPS, 8, 32), tl.float32), tl.zeros((GROUPS, 8, 32), tl.float32)
         for w in tl.static_range(W):
             ka, kb = split_tokens(tl.dot(z_MR, u_W[w]), GROUPS)
             ya += where_counts(pa, w, ka * recent_W[w + 1].to(tl.float32), HAS_POSITIONS)
             yb += where_counts(pb, w, kb * recent_W[w].to(tl.float32), HAS_POSITIONS)
-        store_token(y_ptr, ya, t, row_G, y_offset_GVC, keep_GVC, True, T)
-        store_token(y_ptr + D, yb, t + 1, row_G, y_offset_GVC, keep_GVC, True, T)
+        store_token(y_ptr, ya, t, row_G, y_offset_VGC, keep_VGC, True, T)
+        store_token(y_ptr + D, yb, t + 1, row_G, y_offset_VGC, keep_VGC, True, T)
         # The pipeliner refuses a loop that passes a value on unchanged, as tap 1's x would be to tap 3: every second
         # pair of taps is kept as integers.
         kept_W = ()
@@ -250,7 +253,7 @@ def forward(
             GROUPS=_GROUPS,
             # The interpreter has no bfloat16 product: it multiplies the bit patterns.
             DOT=tl.float32 if INTERPRETED else (tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16),
-            STAGES=3,
+            STAGES=4,
             num_warps=_GROUPS,
         )
     return y

@@ -21,6 +21,7 @@ from .lowrank_runs import (
     load_pair_coefficients,
     load_token,
     load_token_positions,
+    run_offsets,
     split_tokens,
     store_token,
     where_counts,
@@ -108,10 +109,10 @@ def _backward_kernel(
     b, first = (chunk // chunks_per_row).to(tl.int64), (chunk % chunks_per_row) * (8 * length)
     row_G = tl.arange(0, 8) * length
     d_VC = block * BD + (tl.arange(0, GROUPS) * 32)[:, None] + tl.arange(0, 32)[None, :]
-    keep_GVC = (d_VC < D)[None, :, :]
-    x_offset_GVC = row_G[:, None, None] * x_stride_t + d_VC[None, :, :]
-    dy_offset_GVC = row_G[:, None, None] * dy_stride_t + d_VC[None, :, :]
-    dx_offset_GVC = row_G[:, None, None] * D + d_VC[None, :, :]
+    keep_VGC = (d_VC < D)[:, None, :]
+    x_offset_VGC = run_offsets(row_G * x_stride_t, d_VC)
+    dy_offset_VGC = run_offsets(row_G * dy_stride_t, d_VC)
+    dx_offset_VGC = run_offsets(row_G * D, d_VC)
     x_ptr += b * x_stride_b * X_ALIGNMENT + first.to(tl.int64) * x_stride_t
     dy_ptr += b * dy_stride_b * DY_ALIGNMENT + first.to(tl.int64) * dy_stride_t
     dx_ptr += (b * T + first) * D
@@ -125,13 +126,13 @@ def _backward_kernel(
         u_W += (basis_columns(u_RJ.to(DOT), GROUPS),)
     u_VKR = _load_basis_depth(u_ptr, s_ptr, block * BD, D, GROUPS, W, RANK, HAS_STATIC).to(DOT)
 
-    x1 = load_token(x_ptr - x_stride_t, first - 1, row_G, x_offset_GVC, keep_GVC, T)
-    x2 = load_token(x_ptr - 2 * x_stride_t, first - 2, row_G, x_offset_GVC, keep_GVC, T)
-    x3 = load_token(x_ptr - 3 * x_stride_t, first - 3, row_G, x_offset_GVC, keep_GVC, T).to(tl.int16, bitcast=True)
-    dx1 = tl.zeros((8, GROUPS, 32), tl.float32)
-    dx2 = tl.zeros((8, GROUPS, 32), tl.float32)
-    dx3 = tl.zeros((8, GROUPS, 32), tl.float32)
-    du_RN = tl.zeros((16, W * BD), tl.float32)
+    x1 = load_token(x_ptr - x_stride_t, first - 1, row_G, x_offset_VGC, keep_VGC, T)
+    x2 = load_token(x_ptr - 2 * x_stride_t, first - 2, row_G, x_offset_VGC, keep_VGC, T)
+    x3 = load_token(x_ptr - 3 * x_stride_t, first - 3, row_G, x_offset_VGC, keep_VGC, T).to(tl.int16, bitcast=True)
+    dx1 = tl.zeros((GROUPS, 8, 32), tl.float32)
+    dx2 = tl.zeros((GROUPS, 8, 32), tl.float32)
+    dx3 = tl.zeros((GROUPS, 8, 32), tl.float32)
+    du_NR = tl.zeros((W * BD, 16), tl.float32)
     dz_i = tl.arange(0, 256)
     dz_row = (dz_i // 16) % 8 * length + dz_i // 128
     dz_offset = dz_row * ROW + dz_i % 16
@@ -144,10 +145,10 @@ def _backward_kernel(
     later_z_MR = load_pair_coefficients(z_ptr, z_stride_t, first + 2, length, T, RANK).to(tl.int16, bitcast=True)
     for i in tl.range(0, length // 2, num_stages=STAGES):
         t = first + 2 * i
-        xa = load_token(x_ptr, t, row_G, x_offset_GVC, keep_GVC, T)
-        xb = load_token(x_ptr + x_stride_t, t + 1, row_G, x_offset_GVC, keep_GVC, T)
-        dya = load_token(dy_ptr, t, row_G, dy_offset_GVC, keep_GVC, T)
-        dyb = load_token(dy_ptr + dy_stride_t, t + 1, row_G, dy_offset_GVC, keep_GVC, T)
+        xa = load_token(x_ptr, t, row_G, x_offset_VGC, keep_VGC, T)
+        xb = load_token(x_ptr + x_stride_t, t + 1, row_G, x_offset_VGC, keep_VGC, T)
+        dya = load_token(dy_ptr, t, row_G, dy_offset_VGC, keep_VGC, T)
+        dyb = load_token(dy_ptr + dy_stride_t, t + 1, row_G, dy_offset_VGC, keep_VGC, T)
         pa, pb = next_pa, next_pb
         next_pa = load_token_positions(positions_ptr, positions_stride_t, t + 2, row_G, T, HAS_POSITIONS)
         next_pb = load_token_positions(positions_ptr, positions_stride_t, t + 3, row_G, T, HAS_POSITIONS)
@@ -167,9 +168,9 @@ def _backward_kernel(
         # (G, V, C, token of the pair, tap // 2, tap % 2)
         g02, g13 = tl.join(tl.join(g0, g4), tl.join(g2, g6)), tl.join(tl.join(g1, g5), tl.join(g3, g7))
         g = tl.join(g02, g13)
-        g_MN = g.reshape(8, GROUPS, 4, 4, 2, 2, W).permute(5, 0, 6, 3, 1, 2, 4).reshape(16, W * BD)
-        du_RN = tl.dot(tl.trans(z_MR), g_MN, du_RN)
-        g_VMK = g.reshape(8, GROUPS, 4, 2, 2, 2, 2, W).permute(1, 6, 0, 7, 3, 2, 4, 5).reshape(GROUPS, 16, W * 32)
+        g_NM = g.reshape(GROUPS, 8, 2, 16, 2, W).permute(5, 2, 0, 3, 4, 1).reshape(W * BD, 16)
+        du_NR = tl.dot(g_NM, z_MR, du_NR)
+        g_VMK = g.reshape(GROUPS, 8, 4, 2, 2, 2, 2, W).permute(0, 6, 1, 7, 3, 2, 4, 5).reshape(GROUPS, 16, W * 32)
         dz_VMR = tl.dot(g_VMK, u_VKR)
         tl.store(dz_ptr + dz_offset, _sum_groups(dz_VMR, GROUPS), mask=t + dz_row < T)
 
@@ -189,8 +190,8 @@ def _backward_kernel(
         if RESIDUAL:
             dx2 += fa
             dx1 += fb
-        store_token(dx_ptr - 3 * D, done3, t - 3, row_G, dx_offset_GVC, keep_GVC, i > 1, T)
-        store_token(dx_ptr - 2 * D, done2, t - 2, row_G, dx_offset_GVC, keep_GVC, i > 0, T)
+        store_token(dx_ptr - 3 * D, done3, t - 3, row_G, dx_offset_VGC, keep_VGC, i > 1, T)
+        store_token(dx_ptr - 2 * D, done2, t - 2, row_G, dx_offset_VGC, keep_VGC, i > 0, T)
 
         x3, x2, x1 = x1.to(tl.int16, bitcast=True), xa, xb
         x_ptr += 2 * x_stride_t
@@ -199,9 +200,9 @@ def _backward_kernel(
         dz_ptr += 2 * ROW
 
     t = first + length
-    fa = load_token(dy_ptr, t, row_G, dy_offset_GVC, keep_GVC, T).to(tl.float32)
-    fb = load_token(dy_ptr + dy_stride_t, t + 1, row_G, dy_offset_GVC, keep_GVC, T).to(tl.float32)
-    fc = load_token(dy_ptr + 2 * dy_stride_t, t + 2, row_G, dy_offset_GVC, keep_GVC, T).to(tl.float32)
+    fa = load_token(dy_ptr, t, row_G, dy_offset_VGC, keep_VGC, T).to(tl.float32)
+    fb = load_token(dy_ptr + dy_stride_t, t + 1, row_G, dy_offset_VGC, keep_VGC, T).to(tl.float32)
+    fc = load_token(dy_ptr + 2 * dy_stride_t, t + 2, row_G, dy_offset_VGC, keep_VGC, T).to(tl.float32)
     pa, pb = next_pa, next_pb
     pc = load_token_positions(positions_ptr, positions_stride_t, t + 2, row_G, T, HAS_POSITIONS)
     z_MR = next_z_MR.to(DOT)
@@ -216,11 +217,11 @@ def _backward_kernel(
     z_MR = later_z_MR.to(next_z_MR.dtype, bitcast=True).to(DOT)
     ka, _ = split_tokens(tl.dot(z_MR, u_W[3]), GROUPS)
     dx1 += where_counts(pc, 3, ka * fc, HAS_POSITIONS)
-    store_token(dx_ptr - 3 * D, dx3, t - 3, row_G, dx_offset_GVC, keep_GVC, True, T)
-    store_token(dx_ptr - 2 * D, dx2, t - 2, row_G, dx_offset_GVC, keep_GVC, True, T)
-    store_token(dx_ptr - D, dx1, t - 1, row_G, dx_offset_GVC, keep_GVC, True, T)
+    store_token(dx_ptr - 3 * D, dx3, t - 3, row_G, dx_offset_VGC, keep_VGC, True, T)
+    store_token(dx_ptr - 2 * D, dx2, t - 2, row_G, dx_offset_VGC, keep_VGC, True, T)
+    store_token(dx_ptr - D, dx1, t - 1, row_G, dx_offset_VGC, keep_VGC, True, T)
 
-    du_RWJ = du_RN.reshape(16, W, 4, GROUPS, 4, 2).permute(0, 1, 3, 4, 2, 5).reshape(16, W, BD)
+    du_RWJ = du_NR.reshape(W, 2, GROUPS, 16, 16).permute(4, 0, 2, 1, 3).reshape(16, W, BD)
     w_W = tl.arange(0, W)
     du_row = chunk.to(tl.int64) * (ROW * W) + (r_R[:, None] * W + w_W[None, :])
     mask = (r_R < RANK + HAS_STATIC)[:, None, None] & (d_J < D)[None, None, :]

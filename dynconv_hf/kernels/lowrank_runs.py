@@ -42,6 +42,13 @@ def fits_offsets(x: torch.Tensor, coefficients: torch.Tensor) -> bool:
 
 
 @triton.jit
+def run_offsets(row_G, d_VC):
+    """The offset of each element of a (V, G, C) tile, from that of each run's row."""
+    # The hint makes Triton give the lanes of a warp to the runs, as the matrix units do, and not to the groups.
+    return tl.max_contiguous(row_G[None, :, None] + d_VC[:, None, :], (1, 2, 32))
+
+
+@triton.jit
 def load_pair_coefficients(z_ptr, stride_t, t, length, T, RANK: tl.constexpr):
     """z at tokens t and t + 1 of each run. The static filter's is 1; what is past T is not stored, or meets dy = 0."""
     m_M, r_R = tl.arange(0, 16), tl.arange(0, 16)
@@ -58,16 +65,16 @@ def basis_columns(u_RJ, GROUPS: tl.constexpr):
 
 @triton.jit
 def split_tokens(k_MN, GROUPS: tl.constexpr):
-    """A product with `basis_columns`, (token, run, j, group, q, e), becomes a (G, V, C) tile for each token of the
+    """A product with `basis_columns`, (token, run, j, group, q, e), becomes a (V, G, C) tile for each token of the
     pair, in the layout in which x is loaded."""
-    return k_MN.reshape(2, 8, 4, GROUPS, 4, 2).permute(1, 3, 4, 2, 5, 0).reshape(8, GROUPS, 32, 2).split()
+    return k_MN.reshape(2, 8, 4, GROUPS, 4, 2).permute(3, 1, 4, 2, 5, 0).reshape(GROUPS, 8, 32, 2).split()
 
 
 @triton.jit
-def load_token(x_ptr, t, row_G, offset_GVC, keep_GVC, T):
+def load_token(x_ptr, t, row_G, offset_VGC, keep_VGC, T):
     """x at token t of each run; 0 outside the sequence."""
     inside_G = (t + row_G >= 0) & (t + row_G < T)
-    return tl.load(x_ptr + offset_GVC, mask=inside_G[:, None, None] & keep_GVC, other=0.0)
+    return tl.load(x_ptr + offset_VGC, mask=inside_G[None, :, None] & keep_VGC, other=0.0)
 
 
 @triton.jit
@@ -80,14 +87,14 @@ def load_token_positions(positions_ptr, stride_t, t, row_G, T, HAS_POSITIONS: tl
 
 
 @triton.jit
-def where_counts(position_G, w: tl.constexpr, term_GVC, HAS_POSITIONS: tl.constexpr):
+def where_counts(position_G, w: tl.constexpr, term_VGC, HAS_POSITIONS: tl.constexpr):
     """What tap w of the tokens at these positions adds. A choice, not a product: the term may be inf or nan."""
     if HAS_POSITIONS:
-        term_GVC = tl.where((position_G >= w)[:, None, None], term_GVC, 0.0)
-    return term_GVC
+        term_VGC = tl.where((position_G >= w)[None, :, None], term_VGC, 0.0)
+    return term_VGC
 
 
 @triton.jit
-def store_token(y_ptr, y_GVC, t, row_G, offset_GVC, keep_GVC, written, T):
-    mask_GVC = (written & (t + row_G < T))[:, None, None] & keep_GVC
-    tl.store(y_ptr + offset_GVC, y_GVC.to(y_ptr.dtype.element_ty), mask=mask_GVC)
+def store_token(y_ptr, y_VGC, t, row_G, offset_VGC, keep_VGC, written, T):
+    mask_VGC = (written & (t + row_G < T))[None, :, None] & keep_VGC
+    tl.store(y_ptr + offset_VGC, y_VGC.to(y_ptr.dtype.element_ty), mask=mask_VGC)
