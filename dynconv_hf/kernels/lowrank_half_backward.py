@@ -14,6 +14,7 @@ from .launch import INTERPRETED, flat_rows, multiprocessors, on_device, rows
 from .lowrank_runs import (
     GROUP,
     MOST_LENGTH,
+    MOST_STRIDE,
     RANKS,
     RUNS,
     basis_columns,
@@ -37,18 +38,77 @@ _SHAPE_ARGUMENTS = ["B", "T", "x_stride_b", "z_stride_b", "dy_stride_b", "positi
 
 
 @triton.jit
-def _load_basis_depth(
-    u_ptr, s_ptr, d, D, GROUPS: tl.constexpr, W: tl.constexpr, RANK: tl.constexpr, HAS_STATIC: tl.constexpr
-):
+def _basis_depth(u_W, GROUPS: tl.constexpr):
     """The basis with taps and channels as depth, in the order (tap, j // 2, q, j % 2, e), each group apart."""
-    k_K, r = tl.arange(0, W * 32)[None, :, None], tl.arange(0, 16)[None, None, :]
-    w, channel = k_K // 32, k_K // 4 % 4 * 8 + k_K // 16 % 2 * 4 + k_K // 2 % 2 * 2 + k_K % 2
-    d = d + tl.arange(0, GROUPS)[:, None, None] * 32 + channel
-    u_VKR = tl.load(u_ptr + (r * W + w) * D + d, mask=(r < RANK) & (d < D), other=0.0).to(tl.float32)
-    if HAS_STATIC:
-        s_VK1 = tl.load(s_ptr + w * D + d, mask=d < D, other=0.0).to(tl.float32)
-        u_VKR = tl.where(r == RANK, s_VK1, u_VKR)
-    return u_VKR
+    u = tl.join(tl.join(u_W[0], u_W[2]), tl.join(u_W[1], u_W[3])).reshape(16, GROUPS, 4, 2, 2, 2, 4)
+    return u.permute(1, 6, 3, 2, 4, 5, 0).reshape(GROUPS, 128, 16)
+
+
+@triton.jit
+def _march(
+    z_MR,
+    u_W,
+    dya,
+    dyb,
+    pa,
+    pb,
+    dx1,
+    dx2,
+    dx3,
+    RESIDUAL: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """From the sums of dx for 1 to 3 tokens before the pair: those of 3 and 2 before, complete, and those that the
+    next pair takes for 3, 2 and 1 before."""
+    fa, fb = dya.to(tl.float32), dyb.to(tl.float32)
+    ka, kb = split_tokens(tl.dot(z_MR, u_W[3]), GROUPS)
+    done3 = dx3 + where_counts(pa, 3, ka * fa, HAS_POSITIONS)
+    done2 = dx2 + where_counts(pb, 3, kb * fb, HAS_POSITIONS)
+    ka, kb = split_tokens(tl.dot(z_MR, u_W[2]), GROUPS)
+    done2 += where_counts(pa, 2, ka * fa, HAS_POSITIONS)
+    dx3 = dx1 + where_counts(pb, 2, kb * fb, HAS_POSITIONS)
+    ka, kb = split_tokens(tl.dot(z_MR, u_W[1]), GROUPS)
+    dx3 += where_counts(pa, 1, ka * fa, HAS_POSITIONS)
+    dx2 = where_counts(pb, 1, kb * fb, HAS_POSITIONS)
+    ka, kb = split_tokens(tl.dot(z_MR, u_W[0]), GROUPS)
+    dx2 += where_counts(pa, 0, ka * fa, HAS_POSITIONS)
+    dx1 = where_counts(pb, 0, kb * fb, HAS_POSITIONS)
+    if RESIDUAL:
+        dx2 += fa
+        dx1 += fb
+    return done3, done2, dx3, dx2, dx1
+
+
+@triton.jit
+def _no_basis_gradient(GROUPS: tl.constexpr, SPARING: tl.constexpr):
+    """The start of a sum of `_add_basis_gradient`.
+
+    SPARING: ranks are columns, not rows. On Hopper the product then reads both tiles from shared memory, which takes
+    longer, but leaves more registers.
+    """
+    return tl.zeros((GROUPS * 128, 16), tl.float32) if SPARING else tl.zeros((16, GROUPS * 128), tl.float32)
+
+
+@triton.jit
+def _add_basis_gradient(du, g, z_MR, GROUPS: tl.constexpr, SPARING: tl.constexpr):
+    """g (V, G, C, token of the pair, tap // 2, tap % 2)."""
+    if SPARING:
+        g_NM = g.reshape(GROUPS, 8, 2, 16, 2, 4).permute(5, 2, 0, 3, 4, 1).reshape(GROUPS * 128, 16)
+        du = tl.dot(g_NM, z_MR, du)
+    else:
+        g_MN = g.reshape(GROUPS, 8, 4, 4, 2, 2, 4).permute(5, 1, 6, 3, 0, 2, 4).reshape(16, GROUPS * 128)
+        du = tl.dot(tl.trans(z_MR), g_MN, du)
+    return du
+
+
+@triton.jit
+def _basis_gradient(du, GROUPS: tl.constexpr, SPARING: tl.constexpr):
+    if SPARING:
+        du = du.reshape(4, 2, GROUPS, 16, 16).permute(4, 0, 2, 1, 3)
+    else:
+        du = du.reshape(16, 4, 4, GROUPS, 4, 2).permute(0, 1, 3, 4, 2, 5)
+    return du.reshape(16, 4, GROUPS * 32)
 
 
 @triton.jit
@@ -93,6 +153,8 @@ def _backward_kernel(
     HAS_STATIC: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     GROUPS: tl.constexpr,
+    SPARING: tl.constexpr,
+    DX_FIRST: tl.constexpr,
     ROW: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -121,10 +183,18 @@ def _backward_kernel(
 
     d_J, r_R = block * BD + tl.arange(0, BD), tl.arange(0, 16)
     u_W = ()
+    u_columns_W = ()
     for w in tl.static_range(W):
         u_RJ = load_basis(u_ptr, s_ptr, r_R, d_J, d_J < D, D, w, W, RANK, HAS_STATIC)
-        u_W += (basis_columns(u_RJ.to(DOT), GROUPS),)
-    u_VKR = _load_basis_depth(u_ptr, s_ptr, block * BD, D, GROUPS, W, RANK, HAS_STATIC).to(DOT)
+        if not HAS_STATIC:
+            # A load of nothing, for no other use than that Triton then keeps the basis in shared memory: in registers,
+            # as it would otherwise, it makes others spill.
+            zero_J = tl.load(u_ptr + d_J, mask=d_J < 0, other=0.0).to(tl.float32)
+            u_RJ = tl.where((r_R < RANK)[:, None], u_RJ, zero_J[None, :])
+        u_RJ = u_RJ.to(DOT)
+        u_W += (u_RJ,)
+        u_columns_W += (basis_columns(u_RJ, GROUPS),)
+    u_VKR = _basis_depth(u_W, GROUPS)
 
     x1 = load_token(x_ptr - x_stride_t, first - 1, row_G, x_offset_VGC, keep_VGC, T)
     x2 = load_token(x_ptr - 2 * x_stride_t, first - 2, row_G, x_offset_VGC, keep_VGC, T)
@@ -132,7 +202,7 @@ def _backward_kernel(
     dx1 = tl.zeros((GROUPS, 8, 32), tl.float32)
     dx2 = tl.zeros((GROUPS, 8, 32), tl.float32)
     dx3 = tl.zeros((GROUPS, 8, 32), tl.float32)
-    du_NR = tl.zeros((W * BD, 16), tl.float32)
+    du = _no_basis_gradient(GROUPS, SPARING)
     dz_i = tl.arange(0, 256)
     dz_row = (dz_i // 16) % 8 * length + dz_i // 128
     dz_offset = dz_row * ROW + dz_i % 16
@@ -156,6 +226,12 @@ def _backward_kernel(
         next_z_MR = later_z_MR.to(next_z_MR.dtype, bitcast=True)
         later_z_MR = load_pair_coefficients(z_ptr, z_stride_t, t + 4, length, T, RANK).to(tl.int16, bitcast=True)
 
+        if DX_FIRST:
+            done3, done2, dx3, dx2, dx1 = _march(
+                z_MR, u_columns_W, dya, dyb, pa, pb, dx1, dx2, dx3, RESIDUAL, HAS_POSITIONS, GROUPS
+            )
+            store_token(dx_ptr - 3 * D, done3, t - 3, row_G, dx_offset_VGC, keep_VGC, i > 1, T)
+            store_token(dx_ptr - 2 * D, done2, t - 2, row_G, dx_offset_VGC, keep_VGC, i > 0, T)
         ga, gb = dya.to(DOT), dyb.to(DOT)
         g0 = where_counts(pa, 0, ga * xa.to(DOT), HAS_POSITIONS)
         g1 = where_counts(pa, 1, ga * x1.to(DOT), HAS_POSITIONS)
@@ -165,33 +241,19 @@ def _backward_kernel(
         g5 = where_counts(pb, 1, gb * xa.to(DOT), HAS_POSITIONS)
         g6 = where_counts(pb, 2, gb * x1.to(DOT), HAS_POSITIONS)
         g7 = where_counts(pb, 3, gb * x2.to(DOT), HAS_POSITIONS)
-        # (G, V, C, token of the pair, tap // 2, tap % 2)
+        # (V, G, C, token of the pair, tap // 2, tap % 2)
         g02, g13 = tl.join(tl.join(g0, g4), tl.join(g2, g6)), tl.join(tl.join(g1, g5), tl.join(g3, g7))
         g = tl.join(g02, g13)
-        g_NM = g.reshape(GROUPS, 8, 2, 16, 2, W).permute(5, 2, 0, 3, 4, 1).reshape(W * BD, 16)
-        du_NR = tl.dot(g_NM, z_MR, du_NR)
+        du = _add_basis_gradient(du, g, z_MR, GROUPS, SPARING)
         g_VMK = g.reshape(GROUPS, 8, 4, 2, 2, 2, 2, W).permute(0, 6, 1, 7, 3, 2, 4, 5).reshape(GROUPS, 16, W * 32)
         dz_VMR = tl.dot(g_VMK, u_VKR)
         tl.store(dz_ptr + dz_offset, _sum_groups(dz_VMR, GROUPS), mask=t + dz_row < T)
-
-        fa, fb = dya.to(tl.float32), dyb.to(tl.float32)
-        ka, kb = split_tokens(tl.dot(z_MR, u_W[3]), GROUPS)
-        done3 = dx3 + where_counts(pa, 3, ka * fa, HAS_POSITIONS)
-        done2 = dx2 + where_counts(pb, 3, kb * fb, HAS_POSITIONS)
-        ka, kb = split_tokens(tl.dot(z_MR, u_W[2]), GROUPS)
-        done2 += where_counts(pa, 2, ka * fa, HAS_POSITIONS)
-        dx3 = dx1 + where_counts(pb, 2, kb * fb, HAS_POSITIONS)
-        ka, kb = split_tokens(tl.dot(z_MR, u_W[1]), GROUPS)
-        dx3 += where_counts(pa, 1, ka * fa, HAS_POSITIONS)
-        dx2 = where_counts(pb, 1, kb * fb, HAS_POSITIONS)
-        ka, kb = split_tokens(tl.dot(z_MR, u_W[0]), GROUPS)
-        dx2 += where_counts(pa, 0, ka * fa, HAS_POSITIONS)
-        dx1 = where_counts(pb, 0, kb * fb, HAS_POSITIONS)
-        if RESIDUAL:
-            dx2 += fa
-            dx1 += fb
-        store_token(dx_ptr - 3 * D, done3, t - 3, row_G, dx_offset_VGC, keep_VGC, i > 1, T)
-        store_token(dx_ptr - 2 * D, done2, t - 2, row_G, dx_offset_VGC, keep_VGC, i > 0, T)
+        if not DX_FIRST:
+            done3, done2, dx3, dx2, dx1 = _march(
+                z_MR, u_columns_W, dya, dyb, pa, pb, dx1, dx2, dx3, RESIDUAL, HAS_POSITIONS, GROUPS
+            )
+            store_token(dx_ptr - 3 * D, done3, t - 3, row_G, dx_offset_VGC, keep_VGC, i > 1, T)
+            store_token(dx_ptr - 2 * D, done2, t - 2, row_G, dx_offset_VGC, keep_VGC, i > 0, T)
 
         x3, x2, x1 = x1.to(tl.int16, bitcast=True), xa, xb
         x_ptr += 2 * x_stride_t
@@ -206,22 +268,22 @@ def _backward_kernel(
     pa, pb = next_pa, next_pb
     pc = load_token_positions(positions_ptr, positions_stride_t, t + 2, row_G, T, HAS_POSITIONS)
     z_MR = next_z_MR.to(DOT)
-    ka, kb = split_tokens(tl.dot(z_MR, u_W[3]), GROUPS)
+    ka, kb = split_tokens(tl.dot(z_MR, u_columns_W[3]), GROUPS)
     dx3 += where_counts(pa, 3, ka * fa, HAS_POSITIONS)
     dx2 += where_counts(pb, 3, kb * fb, HAS_POSITIONS)
-    ka, kb = split_tokens(tl.dot(z_MR, u_W[2]), GROUPS)
+    ka, kb = split_tokens(tl.dot(z_MR, u_columns_W[2]), GROUPS)
     dx2 += where_counts(pa, 2, ka * fa, HAS_POSITIONS)
     dx1 += where_counts(pb, 2, kb * fb, HAS_POSITIONS)
-    ka, _ = split_tokens(tl.dot(z_MR, u_W[1]), GROUPS)
+    ka, _ = split_tokens(tl.dot(z_MR, u_columns_W[1]), GROUPS)
     dx1 += where_counts(pa, 1, ka * fa, HAS_POSITIONS)
     z_MR = later_z_MR.to(next_z_MR.dtype, bitcast=True).to(DOT)
-    ka, _ = split_tokens(tl.dot(z_MR, u_W[3]), GROUPS)
+    ka, _ = split_tokens(tl.dot(z_MR, u_columns_W[3]), GROUPS)
     dx1 += where_counts(pc, 3, ka * fc, HAS_POSITIONS)
     store_token(dx_ptr - 3 * D, dx3, t - 3, row_G, dx_offset_VGC, keep_VGC, True, T)
     store_token(dx_ptr - 2 * D, dx2, t - 2, row_G, dx_offset_VGC, keep_VGC, True, T)
     store_token(dx_ptr - D, dx1, t - 1, row_G, dx_offset_VGC, keep_VGC, True, T)
 
-    du_RWJ = du_NR.reshape(W, 2, GROUPS, 16, 16).permute(4, 0, 2, 1, 3).reshape(16, W, BD)
+    du_RWJ = _basis_gradient(du, GROUPS, SPARING)
     w_W = tl.arange(0, W)
     du_row = chunk.to(tl.int64) * (ROW * W) + (r_R[:, None] * W + w_W[None, :])
     mask = (r_R < RANK + HAS_STATIC)[:, None, None] & (d_J < D)[None, None, :]
@@ -269,7 +331,8 @@ def backward(
     """Fills `gradients` of x, coefficients, basis and static filter, for inputs that `covers` accepts."""
     dx, dcoefficients, dbasis, dstatic = gradients
     batch, tokens, channels = x.shape
-    dy_rows, x_rows, position_rows = rows(dy), rows(x), flat_rows(positions, x)
+    dy_rows = rows(dy if dy.stride(1) < MOST_STRIDE else dy.contiguous())
+    x_rows, position_rows = rows(x), flat_rows(positions, x)
     z_rows = rows(coefficients, wide=False)
     basis = basis.contiguous()
     rank = basis.shape[0]
@@ -308,11 +371,14 @@ def backward(
             HAS_STATIC=static_filter is not None,
             HAS_POSITIONS=positions is not None,
             GROUPS=_GROUPS,
+            # Masks need registers.
+            SPARING=positions is not None,
+            # Faster, but other variants would spill.
+            DX_FIRST=residual and static_filter is not None and positions is None,
             ROW=ROW,
             # The interpreter has no bfloat16 product: it multiplies the bit patterns.
             DOT=tl.float32 if INTERPRETED else tl.bfloat16,
-            # With positions, a third stage's addresses would spill.
-            STAGES=3 if positions is None else 2,
+            STAGES=3,
             num_warps=_GROUPS,
         )
     sum_run_partials(dz_partials, du_partials, dcoefficients, dbasis, dstatic)

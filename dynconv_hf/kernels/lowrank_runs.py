@@ -17,6 +17,7 @@ import triton.language as tl
 __all__ = [
     "GROUP",
     "MOST_LENGTH",
+    "MOST_STRIDE",
     "RANKS",
     "RUNS",
     "basis_columns",
@@ -31,14 +32,15 @@ __all__ = [
 
 # A tile of the matrix units: 2 tokens of each run by ranks, the static filter's among them. A warp's channels.
 RUNS, RANKS, GROUP = 8, 16, 32
-# Tokens of the longest run.
+# Tokens of the longest run. Within a chunk of runs, tokens are found by 32-bit offsets.
 MOST_LENGTH = 256
+MOST_STRIDE = 2**31 // (RUNS * MOST_LENGTH)
 
 
 def fits_offsets(x: torch.Tensor, coefficients: torch.Tensor) -> bool:
-    """Within a chunk of runs, and in all coefficients of a sequence, tokens are found by 32-bit offsets."""
+    """Whether 32 bits hold the offsets of x within a chunk and those of a sequence's coefficients."""
     tokens, rank = coefficients.shape[1:]
-    return x.stride(1) * RUNS * MOST_LENGTH < 2**31 and tokens * max(coefficients.stride(1), rank) < 2**31
+    return x.stride(1) < MOST_STRIDE and tokens * max(coefficients.stride(1), rank) < 2**31
 
 
 @triton.jit
