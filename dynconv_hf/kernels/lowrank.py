@@ -207,7 +207,7 @@ def _backward_kernel(
                 x_b_ptr, x_stride_t, state_ptr + b * STATE * D, t, i_I - w, d_J, keep_J, T, D, STATE, HAS_STATE
             )
             counts_I = tap_counts(positions_b_ptr, positions_stride_t, t + i_I, w, T, HAS_POSITIONS)
-            counts_I &= first_w + tap < W
+            counts_I = counts_I & (first_w + tap + tl.zeros((BT,), tl.int32) < W)
             g_IJ = tl.where(counts_I[:, None], dy_IJ * x_IJ.to(tl.float32), 0.0).to(DOT)
             u_RJ = load_basis(u_ptr, s_ptr, r_R, d_J, keep_J, D, w, W, RANK, False).to(DOT)
             dz_IR = tl.dot(g_IJ, tl.trans(u_RJ), dz_IR, input_precision=PRECISION)
@@ -227,7 +227,7 @@ def _backward_kernel(
         tl.store(
             du_ptr + du_offset_R[:, None] + d_J[None, :],
             du_W[tap],
-            mask=((r_R < RANK + HAS_STATIC) & (w < W))[:, None] & keep_J[None, :],
+            mask=(r_R < tl.where(w < W, RANK + HAS_STATIC, 0))[:, None] & keep_J[None, :],
         )
 
 
