@@ -25,6 +25,7 @@ __all__ = [
     "load_pair_coefficients",
     "load_token",
     "load_token_positions",
+    "run_offsets",
     "split_tokens",
     "store_token",
     "where_counts",
