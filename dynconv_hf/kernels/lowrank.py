@@ -125,13 +125,14 @@ def _backward_kernel(
     BT: tl.constexpr,
     BD: tl.constexpr,
     BR: tl.constexpr,
+    TAPS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A chunk of tiles by a block of channels by a block of ranks.
+    """A chunk of tiles by a block of channels by a block of ranks by a block of taps.
 
-    dz_ptr: (blocks of channels, B, T, RANK) and du_ptr: (chunks, RANK + HAS_STATIC, W, D), float32, are to be
-    summed over their first dimension. dx comes whole from the programs of the first block of ranks.
+    dz_ptr: (blocks of taps, blocks of channels, B, T, RANK) and du_ptr: (chunks, RANK + HAS_STATIC, W, D), float32,
+    are to be summed over chunks and over blocks. dx comes whole from the programs of the first ranks and taps.
     """
     STATE: tl.constexpr = W - 1
     # Rows start before 0 where the state wants a gradient.
@@ -142,10 +143,11 @@ def _backward_kernel(
     keep_J = d_J < D
     i_I = tl.arange(0, BT)
     r_R = rank_block * BR + tl.arange(0, BR)
-    dz_ptr += (block.to(tl.int64) * B * T) * RANK
+    first_w = tl.program_id(2) * TAPS
+    dz_ptr += ((tl.program_id(2) * blocks + block).to(tl.int64) * B * T) * RANK
 
     du_W = ()
-    for _ in tl.static_range(W):
+    for _ in tl.static_range(TAPS):
         du_W += (tl.zeros((BR, BD), tl.float32),)
     for tile in range(chunk * tiles_per_chunk, min((chunk + 1) * tiles_per_chunk, B * tiles)):
         b, t = (tile // tiles).to(tl.int64), START + (tile % tiles) * BT
@@ -153,7 +155,7 @@ def _backward_kernel(
         x_b_ptr = x_ptr + b * x_stride_b * X_ALIGNMENT
         z_b_ptr = z_ptr + b * z_stride_b
         positions_b_ptr = positions_ptr + b * positions_stride_b
-        if rank_block == 0:
+        if (rank_block == 0) & (first_w == 0):
             dx_IJ = filtered_sum(
                 dy_b_ptr,
                 dy_stride_t,
@@ -198,15 +200,18 @@ def _backward_kernel(
         z_IR = load_coefficients(z_b_ptr, z_stride_t, t, i_I, r_R, T, RANK, HAS_STATIC).to(DOT)
         dz_IR = tl.zeros((BT, BR), tl.float32)
         new_du_W = ()
-        for w in tl.static_range(W):
+        for tap in tl.static_range(TAPS):
+            # Past the last tap the last one stands in, and does not count.
+            w = tl.minimum(first_w + tap, W - 1)
             x_IJ = load_rows(
                 x_b_ptr, x_stride_t, state_ptr + b * STATE * D, t, i_I - w, d_J, keep_J, T, D, STATE, HAS_STATE
             )
             counts_I = tap_counts(positions_b_ptr, positions_stride_t, t + i_I, w, T, HAS_POSITIONS)
+            counts_I = counts_I & (first_w + tap + tl.zeros((BT,), tl.int32) < W)
             g_IJ = tl.where(counts_I[:, None], dy_IJ * x_IJ.to(tl.float32), 0.0).to(DOT)
             u_RJ = load_basis(u_ptr, s_ptr, r_R, d_J, keep_J, D, w, W, RANK, False).to(DOT)
             dz_IR = tl.dot(g_IJ, tl.trans(u_RJ), dz_IR, input_precision=PRECISION)
-            new_du_W += (tl.dot(tl.trans(z_IR), g_IJ, du_W[w], input_precision=PRECISION),)
+            new_du_W += (tl.dot(tl.trans(z_IR), g_IJ, du_W[tap], input_precision=PRECISION),)
         du_W = new_du_W
         row_I = t + i_I
         dz_offset_I = (b * T + row_I) * RANK
@@ -216,12 +221,13 @@ def _backward_kernel(
             mask=((row_I >= 0) & (row_I < T))[:, None] & (r_R < RANK)[None, :],
         )
     du_ptr += chunk.to(tl.int64) * ((RANK + HAS_STATIC) * W) * D
-    for w in tl.static_range(W):
+    for tap in tl.static_range(TAPS):
+        w = first_w + tap
         du_offset_R = (r_R.to(tl.int64) * W + w) * D
         tl.store(
             du_ptr + du_offset_R[:, None] + d_J[None, :],
-            du_W[w],
-            mask=(r_R < RANK + HAS_STATIC)[:, None] & keep_J[None, :],
+            du_W[tap],
+            mask=(r_R < tl.where(w < W, RANK + HAS_STATIC, 0))[:, None] & keep_J[None, :],
         )
 
 
@@ -244,7 +250,7 @@ def forward(
     batch, tokens, channels = x.shape
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if lowrank_half.covers_forward(x, coefficients.shape[-1], static_filter is not None):
+    if lowrank_half.covers_forward(x, coefficients, basis.shape[1], static_filter is not None):
         return lowrank_half.forward(x, coefficients, basis, static_filter, residual, positions, initial_state)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x_rows, z_rows, position_rows = rows(x), rows(coefficients, wide=False), flat_rows(positions, x)
@@ -313,15 +319,18 @@ def backward(
     ranks = rank + (static_filter is not None)
     has_state = initial_state is not None and kernel_size > 1
     sizes = _block_sizes(x, kernel_size)
+    # A program's taps are unrolled: with masks, more than two spill registers.
+    taps = min(kernel_size, 4 if positions is None and not has_state else 2)
     blocks, rank_blocks = triton.cdiv(channels, sizes["BD"]), triton.cdiv(ranks, sizes["BR"])
+    tap_blocks = triton.cdiv(kernel_size, taps)
     tiles = batch * triton.cdiv(tokens + (kernel_size - 1 if has_state else 0), sizes["BT"])
     # Fewer chunks: fewer partial sums to write and add. More chunks: every multiprocessor has work.
-    tiles_per_chunk = triton.cdiv(tiles * blocks * rank_blocks, 4 * multiprocessors(x.device))
+    tiles_per_chunk = triton.cdiv(tiles * blocks * rank_blocks * tap_blocks, 4 * multiprocessors(x.device))
     chunks = triton.cdiv(tiles, tiles_per_chunk)
-    dz_partials = torch.empty(blocks, coefficients.numel(), dtype=torch.float32, device=x.device)
+    dz_partials = torch.empty(tap_blocks * blocks, coefficients.numel(), dtype=torch.float32, device=x.device)
     du_partials = torch.empty(chunks, ranks * kernel_size * channels, dtype=torch.float32, device=x.device)
     with on_device(x):
-        _backward_kernel[(blocks * chunks, rank_blocks)](
+        _backward_kernel[(blocks * chunks, rank_blocks, tap_blocks)](
             dy_rows.tensor,
             x_rows.tensor,
             z_rows.tensor,
@@ -354,6 +363,7 @@ def backward(
             HAS_POSITIONS=positions is not None,
             HAS_STATE=has_state,
             **sizes,
+            TAPS=taps,
             num_warps=8,
             **dot_settings(x.dtype),
         )

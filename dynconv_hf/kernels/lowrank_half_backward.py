@@ -1,16 +1,9 @@
 """The backward of low-rank dynamic convolution in Triton for bfloat16: one pass over x and dy.
 
-The rows of a matrix-unit tile need not follow each other in time. A program owns 8 runs of consecutive tokens, and
-all runs step forward together, two tokens at a time: the 16 rows of a tile are 2 tokens of each run. Each thread so
-meets consecutive tokens of one run, and x some steps earlier is what it held some steps ago: no copy of x is read or
-moved. Channels are numbered so that the filters come out of the matrix unit in the layout in which x and dy are
-loaded; `_filters_by_tap` and its like only rename registers.
+See `lowrank_runs` for how the tokens of a program are arranged, and for the shape suffixes.
 
 dx marches along: the filter of token t serves the gradients of tokens t to t - 3, which are sums in registers until
 complete, and are written up to 3 steps late. Two further steps, over the tokens after the run, complete its last 3.
-
-Shape suffixes: G runs, V groups of 32 channels, C channels of a group, M rows of a tile (token of the pair, run),
-R ranks with the static filter.
 """
 
 import torch
@@ -18,68 +11,115 @@ import triton
 import triton.language as tl
 
 from .launch import INTERPRETED, flat_rows, multiprocessors, on_device, rows
+from .lowrank_runs import (
+    GROUP,
+    MOST_LENGTH,
+    MOST_STRIDE,
+    RANKS,
+    RUNS,
+    basis_columns,
+    fits_offsets,
+    load_pair_coefficients,
+    load_token,
+    load_token_positions,
+    run_offsets,
+    split_tokens,
+    store_token,
+    where_counts,
+)
 from .lowrank_tiles import load_basis
-from .reduction import sum_partials
+from .reduction import ROW, sum_run_partials
 
 __all__ = ["backward", "covers"]
 
-_RUNS, _RANKS, _KERNEL_SIZE, _GROUP = 8, 16, 4, 32
-_GROUPS = 8
+_KERNEL_SIZE = 4
+_GROUPS = 4
 _SHAPE_ARGUMENTS = ["B", "T", "x_stride_b", "z_stride_b", "dy_stride_b", "positions_stride_b", "length"]
 
 
 @triton.jit
-def _load_pair_coefficients(z_ptr, stride_t, t, length, T, RANK: tl.constexpr):
-    """The coefficients of tokens t and t + 1 of each run. The static filter's is 1; what is past T meets dy = 0."""
-    m_M, r_R = tl.arange(0, 16), tl.arange(0, 16)
-    # Past the end the last row stands in: cheaper than a mask for each row.
-    row_M = tl.minimum(t + (m_M % 8) * length + m_M // 8, T - 1)
-    return tl.load(z_ptr + (row_M[:, None] * stride_t + r_R[None, :]), mask=(r_R < RANK)[None, :], other=1.0)
+def _basis_depth(u_W, GROUPS: tl.constexpr):
+    """The basis with taps and channels as depth, in the order (tap, j // 2, q, j % 2, e), each group apart."""
+    u = tl.join(tl.join(u_W[0], u_W[2]), tl.join(u_W[1], u_W[3])).reshape(16, GROUPS, 4, 2, 2, 2, 4)
+    return u.permute(1, 6, 3, 2, 4, 5, 0).reshape(GROUPS, 128, 16)
 
 
 @triton.jit
-def _load_token(x_ptr, t, row_G, offset_GVC, keep_GVC, T):
-    """Token t of each run."""
-    inside_G = (t + row_G >= 0) & (t + row_G < T)
-    return tl.load(x_ptr + offset_GVC, mask=inside_G[:, None, None] & keep_GVC, other=0.0)
+def _march(
+    z_MR,
+    u_W,
+    dya,
+    dyb,
+    pa,
+    pb,
+    dx1,
+    dx2,
+    dx3,
+    RESIDUAL: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """From the sums of dx for 1 to 3 tokens before the pair: those of 3 and 2 before, complete, and those that the
+    next pair takes for 3, 2 and 1 before."""
+    fa, fb = dya.to(tl.float32), dyb.to(tl.float32)
+    ka, kb = split_tokens(tl.dot(z_MR, u_W[3]), GROUPS)
+    done3 = dx3 + where_counts(pa, 3, ka * fa, HAS_POSITIONS)
+    done2 = dx2 + where_counts(pb, 3, kb * fb, HAS_POSITIONS)
+    ka, kb = split_tokens(tl.dot(z_MR, u_W[2]), GROUPS)
+    done2 += where_counts(pa, 2, ka * fa, HAS_POSITIONS)
+    dx3 = dx1 + where_counts(pb, 2, kb * fb, HAS_POSITIONS)
+    ka, kb = split_tokens(tl.dot(z_MR, u_W[1]), GROUPS)
+    dx3 += where_counts(pa, 1, ka * fa, HAS_POSITIONS)
+    dx2 = where_counts(pb, 1, kb * fb, HAS_POSITIONS)
+    ka, kb = split_tokens(tl.dot(z_MR, u_W[0]), GROUPS)
+    dx2 += where_counts(pa, 0, ka * fa, HAS_POSITIONS)
+    dx1 = where_counts(pb, 0, kb * fb, HAS_POSITIONS)
+    if RESIDUAL:
+        dx2 += fa
+        dx1 += fb
+    return done3, done2, dx3, dx2, dx1
 
 
 @triton.jit
-def _filters_by_tap(k_MN, GROUPS: tl.constexpr):
-    """Matrix-unit tiles (token, run, tap, j, group, q, e) of channels 8q + 2j + e become a (G, V, C) tile for each
-    token of the pair and tap: k0 to k3 for the first token, k4 to k7 for the second."""
-    k = k_MN.reshape(2, 8, 4, 4, GROUPS, 4, 2).permute(1, 4, 5, 3, 6, 0, 2).reshape(8, GROUPS, 32, 2, 2, 2)
-    even, odd = k.split()
-    taps_0, taps_2 = even.split()
-    taps_1, taps_3 = odd.split()
-    k0, k4 = taps_0.split()
-    k1, k5 = taps_1.split()
-    k2, k6 = taps_2.split()
-    k3, k7 = taps_3.split()
-    return k0, k1, k2, k3, k4, k5, k6, k7
+def _no_basis_gradient(GROUPS: tl.constexpr, SPARING: tl.constexpr):
+    """The start of a sum of `_add_basis_gradient`.
+
+    SPARING: ranks are columns, not rows. On Hopper the product then reads both tiles from shared memory, which takes
+    longer, but leaves more registers.
+    """
+    return tl.zeros((GROUPS * 128, 16), tl.float32) if SPARING else tl.zeros((16, GROUPS * 128), tl.float32)
 
 
 @triton.jit
-def _where_counts(position_G, w: tl.constexpr, term_GVC, HAS_POSITIONS: tl.constexpr):
-    if HAS_POSITIONS:
-        term_GVC = tl.where((position_G >= w)[:, None, None], term_GVC, 0.0)
-    return term_GVC
+def _add_basis_gradient(du, g, z_MR, GROUPS: tl.constexpr, SPARING: tl.constexpr):
+    """g (V, G, C, token of the pair, tap // 2, tap % 2)."""
+    if SPARING:
+        g_NM = g.reshape(GROUPS, 8, 2, 16, 2, 4).permute(5, 2, 0, 3, 4, 1).reshape(GROUPS * 128, 16)
+        du = tl.dot(g_NM, z_MR, du)
+    else:
+        g_MN = g.reshape(GROUPS, 8, 4, 4, 2, 2, 4).permute(5, 1, 6, 3, 0, 2, 4).reshape(16, GROUPS * 128)
+        du = tl.dot(tl.trans(z_MR), g_MN, du)
+    return du
 
 
 @triton.jit
-def _load_position(positions_ptr, stride_t, t, row_G, T, HAS_POSITIONS: tl.constexpr):
-    position_G = row_G
-    if HAS_POSITIONS:
-        position_G = tl.load(positions_ptr + (t + row_G).to(tl.int64) * stride_t, mask=t + row_G < T, other=-1).to(
-            tl.int32
-        )
-    return position_G
+def _basis_gradient(du, GROUPS: tl.constexpr, SPARING: tl.constexpr):
+    if SPARING:
+        du = du.reshape(4, 2, GROUPS, 16, 16).permute(4, 0, 2, 1, 3)
+    else:
+        du = du.reshape(16, 4, 4, GROUPS, 4, 2).permute(0, 1, 3, 4, 2, 5)
+    return du.reshape(16, 4, GROUPS * 32)
 
 
 @triton.jit
-def _store_token(dx_ptr, dx_GVC, t, row_G, offset_GVC, keep_GVC, written, T):
-    mask_GVC = (written & (t + row_G < T))[:, None, None] & keep_GVC
-    tl.store(dx_ptr + offset_GVC, dx_GVC.to(dx_ptr.dtype.element_ty), mask=mask_GVC)
+def _sum_groups(dz_VMR, GROUPS: tl.constexpr):
+    """dz of all groups together, 256 values in order. Halves are added: `tl.sum` would be slower."""
+    if GROUPS == 8:
+        low, high = dz_VMR.reshape(2, 4, 256).permute(1, 2, 0).split()
+        dz_VMR = (low + high).reshape(4, 16, 16)
+    low, high = dz_VMR.reshape(2, 2, 256).permute(1, 2, 0).split()
+    low, high = (low + high).reshape(2, 256).permute(1, 0).split()
+    return low + high
 
 
 @triton.jit(do_not_specialize=_SHAPE_ARGUMENTS)
@@ -113,11 +153,14 @@ def _backward_kernel(
     HAS_STATIC: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     GROUPS: tl.constexpr,
+    SPARING: tl.constexpr,
+    DX_FIRST: tl.constexpr,
+    ROW: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dz_ptr: (blocks of channels, B, T, RANK); du_ptr: (chunks, RANK + HAS_STATIC, 4, D); to be summed over their
-    first dimension. A chunk is 8 runs of `length` tokens."""
+    """dz_ptr: (blocks of channels, B, T, ROW), of which RANK count; du_ptr: (chunks, ROW, 4, D), of which
+    RANK + HAS_STATIC are written; to be summed over their first dimension. A chunk is 8 runs of `length` tokens."""
     if DENSE:
         # One offset for x, dy and dx leaves registers for more.
         x_stride_t, dy_stride_t = D, D
@@ -128,10 +171,10 @@ def _backward_kernel(
     b, first = (chunk // chunks_per_row).to(tl.int64), (chunk % chunks_per_row) * (8 * length)
     row_G = tl.arange(0, 8) * length
     d_VC = block * BD + (tl.arange(0, GROUPS) * 32)[:, None] + tl.arange(0, 32)[None, :]
-    keep_GVC = (d_VC < D)[None, :, :]
-    x_offset_GVC = row_G[:, None, None] * x_stride_t + d_VC[None, :, :]
-    dy_offset_GVC = row_G[:, None, None] * dy_stride_t + d_VC[None, :, :]
-    dx_offset_GVC = row_G[:, None, None] * D + d_VC[None, :, :]
+    keep_VGC = (d_VC < D)[:, None, :]
+    x_offset_VGC = run_offsets(row_G * x_stride_t, d_VC)
+    dy_offset_VGC = run_offsets(row_G * dy_stride_t, d_VC)
+    dx_offset_VGC = run_offsets(row_G * D, d_VC)
     x_ptr += b * x_stride_b * X_ALIGNMENT + first.to(tl.int64) * x_stride_t
     dy_ptr += b * dy_stride_b * DY_ALIGNMENT + first.to(tl.int64) * dy_stride_t
     dx_ptr += (b * T + first) * D
@@ -139,108 +182,120 @@ def _backward_kernel(
     positions_ptr += b * positions_stride_b
 
     d_J, r_R = block * BD + tl.arange(0, BD), tl.arange(0, 16)
-    u_0 = load_basis(u_ptr, s_ptr, r_R, d_J, d_J < D, D, 0, W, RANK, HAS_STATIC).to(DOT)
-    u_1 = load_basis(u_ptr, s_ptr, r_R, d_J, d_J < D, D, 1, W, RANK, HAS_STATIC).to(DOT)
-    u_2 = load_basis(u_ptr, s_ptr, r_R, d_J, d_J < D, D, 2, W, RANK, HAS_STATIC).to(DOT)
-    u_3 = load_basis(u_ptr, s_ptr, r_R, d_J, d_J < D, D, 3, W, RANK, HAS_STATIC).to(DOT)
-    u = tl.join(tl.join(u_0, u_2), tl.join(u_1, u_3)).reshape(16, GROUPS, 4, 4, 2, W)
-    # Columns (tap, j, group, q, e): see `_filters_by_tap`. Depth (tap, j // 2, q, j % 2, e), each group apart.
-    u_RN = u.permute(0, 5, 3, 1, 2, 4).reshape(16, W * BD)
-    u_VKR = u.reshape(16, GROUPS, 4, 2, 2, 2, W).permute(1, 6, 3, 2, 4, 5, 0).reshape(GROUPS, W * 32, 16)
+    u_W = ()
+    u_columns_W = ()
+    for w in tl.static_range(W):
+        u_RJ = load_basis(u_ptr, s_ptr, r_R, d_J, d_J < D, D, w, W, RANK, HAS_STATIC)
+        if not HAS_STATIC:
+            # A load of nothing, for no other use than that Triton then keeps the basis in shared memory: in registers,
+            # as it would otherwise, it makes others spill.
+            zero_J = tl.load(u_ptr + d_J, mask=d_J < 0, other=0.0).to(tl.float32)
+            u_RJ = tl.where((r_R < RANK)[:, None], u_RJ, zero_J[None, :])
+        u_RJ = u_RJ.to(DOT)
+        u_W += (u_RJ,)
+        u_columns_W += (basis_columns(u_RJ, GROUPS),)
+    u_VKR = _basis_depth(u_W, GROUPS)
 
-    x1 = _load_token(x_ptr - x_stride_t, first - 1, row_G, x_offset_GVC, keep_GVC, T)
-    x2 = _load_token(x_ptr - 2 * x_stride_t, first - 2, row_G, x_offset_GVC, keep_GVC, T)
-    # The pipeliner refuses a loop that passes a value on unchanged, as x1 would be to x3: x3 is kept as integers.
-    x3 = _load_token(x_ptr - 3 * x_stride_t, first - 3, row_G, x_offset_GVC, keep_GVC, T).to(tl.int16, bitcast=True)
-    dx1 = tl.zeros((8, GROUPS, 32), tl.float32)
-    dx2 = tl.zeros((8, GROUPS, 32), tl.float32)
-    dx3 = tl.zeros((8, GROUPS, 32), tl.float32)
-    du_RN = tl.zeros((16, W * BD), tl.float32)
+    x1 = load_token(x_ptr - x_stride_t, first - 1, row_G, x_offset_VGC, keep_VGC, T)
+    x2 = load_token(x_ptr - 2 * x_stride_t, first - 2, row_G, x_offset_VGC, keep_VGC, T)
+    x3 = load_token(x_ptr - 3 * x_stride_t, first - 3, row_G, x_offset_VGC, keep_VGC, T).to(tl.int16, bitcast=True)
+    dx1 = tl.zeros((GROUPS, 8, 32), tl.float32)
+    dx2 = tl.zeros((GROUPS, 8, 32), tl.float32)
+    dx3 = tl.zeros((GROUPS, 8, 32), tl.float32)
+    du = _no_basis_gradient(GROUPS, SPARING)
     dz_i = tl.arange(0, 256)
-    dz_row, dz_r = ((dz_i // 16) % 8) * length + dz_i // 128, dz_i % 16
-    dz_ptr += ((block.to(tl.int64) * B + b) * T + first) * RANK
-    next_z_MR = _load_pair_coefficients(z_ptr, z_stride_t, first, length, T, RANK)
+    dz_row = (dz_i // 16) % 8 * length + dz_i // 128
+    dz_offset = dz_row * ROW + dz_i % 16
+    dz_ptr += ((block.to(tl.int64) * B + b) * T + first) * ROW
+    # What the pipeliner does not fetch ahead, narrow as it is, is fetched two steps ahead by hand. It refuses a loop
+    # that passes a value on unchanged: the second step's coefficients and x3 are kept as integers.
+    next_pa = load_token_positions(positions_ptr, positions_stride_t, first, row_G, T, HAS_POSITIONS)
+    next_pb = load_token_positions(positions_ptr, positions_stride_t, first + 1, row_G, T, HAS_POSITIONS)
+    next_z_MR = load_pair_coefficients(z_ptr, z_stride_t, first, length, T, RANK)
+    later_z_MR = load_pair_coefficients(z_ptr, z_stride_t, first + 2, length, T, RANK).to(tl.int16, bitcast=True)
     for i in tl.range(0, length // 2, num_stages=STAGES):
         t = first + 2 * i
-        xa = _load_token(x_ptr, t, row_G, x_offset_GVC, keep_GVC, T)
-        xb = _load_token(x_ptr + x_stride_t, t + 1, row_G, x_offset_GVC, keep_GVC, T)
-        dya = _load_token(dy_ptr, t, row_G, dy_offset_GVC, keep_GVC, T)
-        dyb = _load_token(dy_ptr + dy_stride_t, t + 1, row_G, dy_offset_GVC, keep_GVC, T)
-        pa = _load_position(positions_ptr, positions_stride_t, t, row_G, T, HAS_POSITIONS)
-        pb = _load_position(positions_ptr, positions_stride_t, t + 1, row_G, T, HAS_POSITIONS)
+        xa = load_token(x_ptr, t, row_G, x_offset_VGC, keep_VGC, T)
+        xb = load_token(x_ptr + x_stride_t, t + 1, row_G, x_offset_VGC, keep_VGC, T)
+        dya = load_token(dy_ptr, t, row_G, dy_offset_VGC, keep_VGC, T)
+        dyb = load_token(dy_ptr + dy_stride_t, t + 1, row_G, dy_offset_VGC, keep_VGC, T)
+        pa, pb = next_pa, next_pb
+        next_pa = load_token_positions(positions_ptr, positions_stride_t, t + 2, row_G, T, HAS_POSITIONS)
+        next_pb = load_token_positions(positions_ptr, positions_stride_t, t + 3, row_G, T, HAS_POSITIONS)
         z_MR = next_z_MR.to(DOT)
-        next_z_MR = _load_pair_coefficients(z_ptr, z_stride_t, t + 2, length, T, RANK)
+        next_z_MR = later_z_MR.to(next_z_MR.dtype, bitcast=True)
+        later_z_MR = load_pair_coefficients(z_ptr, z_stride_t, t + 4, length, T, RANK).to(tl.int16, bitcast=True)
 
+        if DX_FIRST:
+            done3, done2, dx3, dx2, dx1 = _march(
+                z_MR, u_columns_W, dya, dyb, pa, pb, dx1, dx2, dx3, RESIDUAL, HAS_POSITIONS, GROUPS
+            )
+            store_token(dx_ptr - 3 * D, done3, t - 3, row_G, dx_offset_VGC, keep_VGC, i > 1, T)
+            store_token(dx_ptr - 2 * D, done2, t - 2, row_G, dx_offset_VGC, keep_VGC, i > 0, T)
         ga, gb = dya.to(DOT), dyb.to(DOT)
-        g0 = _where_counts(pa, 0, ga * xa.to(DOT), HAS_POSITIONS)
-        g1 = _where_counts(pa, 1, ga * x1.to(DOT), HAS_POSITIONS)
-        g2 = _where_counts(pa, 2, ga * x2.to(DOT), HAS_POSITIONS)
-        g3 = _where_counts(pa, 3, ga * x3.to(x1.dtype, bitcast=True).to(DOT), HAS_POSITIONS)
-        g4 = _where_counts(pb, 0, gb * xb.to(DOT), HAS_POSITIONS)
-        g5 = _where_counts(pb, 1, gb * xa.to(DOT), HAS_POSITIONS)
-        g6 = _where_counts(pb, 2, gb * x1.to(DOT), HAS_POSITIONS)
-        g7 = _where_counts(pb, 3, gb * x2.to(DOT), HAS_POSITIONS)
-        # (G, V, C, token of the pair, tap // 2, tap % 2)
+        g0 = where_counts(pa, 0, ga * xa.to(DOT), HAS_POSITIONS)
+        g1 = where_counts(pa, 1, ga * x1.to(DOT), HAS_POSITIONS)
+        g2 = where_counts(pa, 2, ga * x2.to(DOT), HAS_POSITIONS)
+        g3 = where_counts(pa, 3, ga * x3.to(x1.dtype, bitcast=True).to(DOT), HAS_POSITIONS)
+        g4 = where_counts(pb, 0, gb * xb.to(DOT), HAS_POSITIONS)
+        g5 = where_counts(pb, 1, gb * xa.to(DOT), HAS_POSITIONS)
+        g6 = where_counts(pb, 2, gb * x1.to(DOT), HAS_POSITIONS)
+        g7 = where_counts(pb, 3, gb * x2.to(DOT), HAS_POSITIONS)
+        # (V, G, C, token of the pair, tap // 2, tap % 2)
         g02, g13 = tl.join(tl.join(g0, g4), tl.join(g2, g6)), tl.join(tl.join(g1, g5), tl.join(g3, g7))
         g = tl.join(g02, g13)
-        g_MN = g.reshape(8, GROUPS, 4, 4, 2, 2, W).permute(5, 0, 6, 3, 1, 2, 4).reshape(16, W * BD)
-        du_RN = tl.dot(tl.trans(z_MR), g_MN, du_RN)
-        g_VMK = g.reshape(8, GROUPS, 4, 2, 2, 2, 2, W).permute(1, 6, 0, 7, 3, 2, 4, 5).reshape(GROUPS, 16, W * 32)
+        du = _add_basis_gradient(du, g, z_MR, GROUPS, SPARING)
+        g_VMK = g.reshape(GROUPS, 8, 4, 2, 2, 2, 2, W).permute(0, 6, 1, 7, 3, 2, 4, 5).reshape(GROUPS, 16, W * 32)
         dz_VMR = tl.dot(g_VMK, u_VKR)
-        low, high = dz_VMR.reshape(2, GROUPS // 2, 256).permute(1, 2, 0).split()
-        low, high = (low + high).reshape(2, GROUPS // 4, 256).permute(1, 2, 0).split()
-        low, high = (low + high).reshape(2, 256).permute(1, 0).split()
-        tl.store(dz_ptr + (dz_row * RANK + dz_r), low + high, mask=(t + dz_row < T) & (dz_r < RANK))
-        k0, k1, k2, k3, k4, k5, k6, k7 = _filters_by_tap(tl.dot(z_MR, u_RN), GROUPS)
-        fa, fb = dya.to(tl.float32), dyb.to(tl.float32)
-        done3 = dx3 + _where_counts(pa, 3, k3 * fa, HAS_POSITIONS)
-        done2 = dx2 + _where_counts(pa, 2, k2 * fa, HAS_POSITIONS) + _where_counts(pb, 3, k7 * fb, HAS_POSITIONS)
-        dx3 = dx1 + _where_counts(pa, 1, k1 * fa, HAS_POSITIONS) + _where_counts(pb, 2, k6 * fb, HAS_POSITIONS)
-        dx2 = _where_counts(pa, 0, k0 * fa, HAS_POSITIONS) + _where_counts(pb, 1, k5 * fb, HAS_POSITIONS)
-        dx1 = _where_counts(pb, 0, k4 * fb, HAS_POSITIONS)
-        if RESIDUAL:
-            dx2 += fa
-            dx1 += fb
-        _store_token(dx_ptr - 3 * D, done3, t - 3, row_G, dx_offset_GVC, keep_GVC, i > 1, T)
-        _store_token(dx_ptr - 2 * D, done2, t - 2, row_G, dx_offset_GVC, keep_GVC, i > 0, T)
+        tl.store(dz_ptr + dz_offset, _sum_groups(dz_VMR, GROUPS), mask=t + dz_row < T)
+        if not DX_FIRST:
+            done3, done2, dx3, dx2, dx1 = _march(
+                z_MR, u_columns_W, dya, dyb, pa, pb, dx1, dx2, dx3, RESIDUAL, HAS_POSITIONS, GROUPS
+            )
+            store_token(dx_ptr - 3 * D, done3, t - 3, row_G, dx_offset_VGC, keep_VGC, i > 1, T)
+            store_token(dx_ptr - 2 * D, done2, t - 2, row_G, dx_offset_VGC, keep_VGC, i > 0, T)
 
         x3, x2, x1 = x1.to(tl.int16, bitcast=True), xa, xb
         x_ptr += 2 * x_stride_t
         dy_ptr += 2 * dy_stride_t
         dx_ptr += 2 * D
-        dz_ptr += 2 * RANK
+        dz_ptr += 2 * ROW
 
     t = first + length
-    fa = _load_token(dy_ptr, t, row_G, dy_offset_GVC, keep_GVC, T).to(tl.float32)
-    fb = _load_token(dy_ptr + dy_stride_t, t + 1, row_G, dy_offset_GVC, keep_GVC, T).to(tl.float32)
-    fc = _load_token(dy_ptr + 2 * dy_stride_t, t + 2, row_G, dy_offset_GVC, keep_GVC, T).to(tl.float32)
-    pa = _load_position(positions_ptr, positions_stride_t, t, row_G, T, HAS_POSITIONS)
-    pb = _load_position(positions_ptr, positions_stride_t, t + 1, row_G, T, HAS_POSITIONS)
-    pc = _load_position(positions_ptr, positions_stride_t, t + 2, row_G, T, HAS_POSITIONS)
-    _, k1, k2, k3, _, _, k6, k7 = _filters_by_tap(tl.dot(next_z_MR.to(DOT), u_RN), GROUPS)
-    dx3 += _where_counts(pa, 3, k3 * fa, HAS_POSITIONS)
-    dx2 += _where_counts(pa, 2, k2 * fa, HAS_POSITIONS) + _where_counts(pb, 3, k7 * fb, HAS_POSITIONS)
-    dx1 += _where_counts(pa, 1, k1 * fa, HAS_POSITIONS) + _where_counts(pb, 2, k6 * fb, HAS_POSITIONS)
-    z_MR = _load_pair_coefficients(z_ptr, z_stride_t, t + 2, length, T, RANK).to(DOT)
-    _, _, _, k3, _, _, _, _ = _filters_by_tap(tl.dot(z_MR, u_RN), GROUPS)
-    dx1 += _where_counts(pc, 3, k3 * fc, HAS_POSITIONS)
-    _store_token(dx_ptr - 3 * D, dx3, t - 3, row_G, dx_offset_GVC, keep_GVC, True, T)
-    _store_token(dx_ptr - 2 * D, dx2, t - 2, row_G, dx_offset_GVC, keep_GVC, True, T)
-    _store_token(dx_ptr - D, dx1, t - 1, row_G, dx_offset_GVC, keep_GVC, True, T)
+    fa = load_token(dy_ptr, t, row_G, dy_offset_VGC, keep_VGC, T).to(tl.float32)
+    fb = load_token(dy_ptr + dy_stride_t, t + 1, row_G, dy_offset_VGC, keep_VGC, T).to(tl.float32)
+    fc = load_token(dy_ptr + 2 * dy_stride_t, t + 2, row_G, dy_offset_VGC, keep_VGC, T).to(tl.float32)
+    pa, pb = next_pa, next_pb
+    pc = load_token_positions(positions_ptr, positions_stride_t, t + 2, row_G, T, HAS_POSITIONS)
+    z_MR = next_z_MR.to(DOT)
+    ka, kb = split_tokens(tl.dot(z_MR, u_columns_W[3]), GROUPS)
+    dx3 += where_counts(pa, 3, ka * fa, HAS_POSITIONS)
+    dx2 += where_counts(pb, 3, kb * fb, HAS_POSITIONS)
+    ka, kb = split_tokens(tl.dot(z_MR, u_columns_W[2]), GROUPS)
+    dx2 += where_counts(pa, 2, ka * fa, HAS_POSITIONS)
+    dx1 += where_counts(pb, 2, kb * fb, HAS_POSITIONS)
+    ka, _ = split_tokens(tl.dot(z_MR, u_columns_W[1]), GROUPS)
+    dx1 += where_counts(pa, 1, ka * fa, HAS_POSITIONS)
+    z_MR = later_z_MR.to(next_z_MR.dtype, bitcast=True).to(DOT)
+    ka, _ = split_tokens(tl.dot(z_MR, u_columns_W[3]), GROUPS)
+    dx1 += where_counts(pc, 3, ka * fc, HAS_POSITIONS)
+    store_token(dx_ptr - 3 * D, dx3, t - 3, row_G, dx_offset_VGC, keep_VGC, True, T)
+    store_token(dx_ptr - 2 * D, dx2, t - 2, row_G, dx_offset_VGC, keep_VGC, True, T)
+    store_token(dx_ptr - D, dx1, t - 1, row_G, dx_offset_VGC, keep_VGC, True, T)
 
-    du_RWJ = du_RN.reshape(16, W, 4, GROUPS, 4, 2).permute(0, 1, 3, 4, 2, 5).reshape(16, W, BD)
+    du_RWJ = _basis_gradient(du, GROUPS, SPARING)
     w_W = tl.arange(0, W)
-    du_row = chunk.to(tl.int64) * ((RANK + HAS_STATIC) * W) + (r_R[:, None] * W + w_W[None, :])
+    du_row = chunk.to(tl.int64) * (ROW * W) + (r_R[:, None] * W + w_W[None, :])
     mask = (r_R < RANK + HAS_STATIC)[:, None, None] & (d_J < D)[None, None, :]
     tl.store(du_ptr + du_row[:, :, None] * D + d_J[None, None, :], du_RWJ, mask=mask)
 
 
 def _run_length(x: torch.Tensor) -> int:
-    """Tokens of a run, so that about every multiprocessor has one program; a power of two."""
+    """Tokens of a run, a power of two, so that every multiprocessor has its two programs at once."""
     batch, tokens, channels = x.shape
-    work = batch * tokens * triton.cdiv(channels, _GROUPS * _GROUP)
-    length = triton.next_power_of_2(triton.cdiv(work, _RUNS * multiprocessors(x.device)))
-    return max(8, min(256, length, triton.next_power_of_2(tokens) // _RUNS))
+    work = batch * tokens * triton.cdiv(channels, _GROUPS * GROUP)
+    length = triton.next_power_of_2(triton.cdiv(work, 2 * RUNS * multiprocessors(x.device)))
+    return max(8, min(MOST_LENGTH, length, triton.next_power_of_2(tokens) // RUNS))
 
 
 def covers(
@@ -255,12 +310,11 @@ def covers(
     return (
         x.dtype == torch.bfloat16
         and kernel_size == _KERNEL_SIZE
-        and rank + (static_filter is not None) <= _RANKS
+        and rank + (static_filter is not None) <= RANKS
         and initial_state is None
         # Short rows would leave runs empty and make a partial sum for each.
         and x.shape[1] >= 256
-        # The kernel finds coefficients by 32-bit offsets.
-        and x.shape[1] * max(coefficients.stride(1), rank) < 2**31
+        and fits_offsets(x, coefficients)
     )
 
 
@@ -277,15 +331,15 @@ def backward(
     """Fills `gradients` of x, coefficients, basis and static filter, for inputs that `covers` accepts."""
     dx, dcoefficients, dbasis, dstatic = gradients
     batch, tokens, channels = x.shape
-    dy_rows, x_rows, position_rows = rows(dy), rows(x), flat_rows(positions, x)
+    dy_rows = rows(dy if dy.stride(1) < MOST_STRIDE else dy.contiguous())
+    x_rows, position_rows = rows(x), flat_rows(positions, x)
     z_rows = rows(coefficients, wide=False)
     basis = basis.contiguous()
     rank = basis.shape[0]
     length = _run_length(x)
-    blocks, chunks = triton.cdiv(channels, _GROUPS * _GROUP), batch * triton.cdiv(tokens, _RUNS * length)
-    ranks = rank + (static_filter is not None)
-    dz_partials = torch.empty(blocks, coefficients.numel(), dtype=torch.float32, device=x.device)
-    du_partials = torch.empty(chunks, ranks * _KERNEL_SIZE * channels, dtype=torch.float32, device=x.device)
+    blocks, chunks = triton.cdiv(channels, _GROUPS * GROUP), batch * triton.cdiv(tokens, RUNS * length)
+    dz_partials = torch.empty(blocks, batch * tokens, ROW, dtype=torch.float32, device=x.device)
+    du_partials = torch.empty(chunks, ROW, _KERNEL_SIZE * channels, dtype=torch.float32, device=x.device)
     with on_device(x):
         _backward_kernel[(blocks * chunks,)](
             dy_rows.tensor,
@@ -317,11 +371,14 @@ def backward(
             HAS_STATIC=static_filter is not None,
             HAS_POSITIONS=positions is not None,
             GROUPS=_GROUPS,
+            # Masks need registers.
+            SPARING=positions is not None,
+            # Faster, but other variants would spill.
+            DX_FIRST=residual and static_filter is not None and positions is None,
+            ROW=ROW,
             # The interpreter has no bfloat16 product: it multiplies the bit patterns.
             DOT=tl.float32 if INTERPRETED else tl.bfloat16,
-            # With positions, a third stage's addresses would spill.
-            STAGES=3 if positions is None else 2,
+            STAGES=3,
             num_warps=_GROUPS,
         )
-    sum_partials(dz_partials, dcoefficients)
-    sum_partials(du_partials, dbasis, dstatic)
+    sum_run_partials(dz_partials, du_partials, dcoefficients, dbasis, dstatic)

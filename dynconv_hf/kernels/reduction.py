@@ -6,19 +6,45 @@ import triton.language as tl
 
 from .launch import on_device
 
-__all__ = ["sum_partials"]
+__all__ = ["ROW", "sum_partials", "sum_run_partials"]
 
 _BLOCK = 512
+# Parts that are loaded before the first of them is added: a sum that waits for each load in turn is slow.
+_AHEAD = 8
+# Wide loads need to know that parts start at multiples of 16 bytes.
+_ALIGNMENT = 4
+# Elements of a row of partial sums of the coefficients' gradient, a multiple of _ALIGNMENT.
+ROW = 16
+
+
+@triton.jit
+def _sum_parts(partial_ptr, size, parts, i_I, mask_I, AHEAD: tl.constexpr):
+    total_I = tl.zeros(i_I.shape, tl.float32)
+    for _ in range(parts // AHEAD):
+        for ahead in tl.static_range(AHEAD):
+            total_I += tl.load(partial_ptr + ahead * size + i_I, mask=mask_I, other=0.0)
+        partial_ptr += AHEAD * size
+    for _ in range(parts % AHEAD):
+        total_I += tl.load(partial_ptr + i_I, mask=mask_I, other=0.0)
+        partial_ptr += size
+    return total_I
 
 
 @triton.jit(do_not_specialize=["parts", "size", "split"])
-def _sum_partials_kernel(partial_ptr, first_ptr, second_ptr, parts, size, split, BLOCK: tl.constexpr):
+def _sum_partials_kernel(
+    partial_ptr,
+    first_ptr,
+    second_ptr,
+    parts,
+    size,
+    split,
+    ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    size = size.to(tl.int64) * ALIGNMENT
     i_I = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total_I = tl.zeros((BLOCK,), tl.float32)
-    part_ptr = partial_ptr
-    for _ in range(parts):
-        total_I += tl.load(part_ptr + i_I, mask=i_I < size, other=0.0)
-        part_ptr += size
+    total_I = _sum_parts(partial_ptr, size, parts, i_I, i_I < size, AHEAD)
     tl.store(first_ptr + i_I, total_I.to(first_ptr.dtype.element_ty), mask=i_I < split)
     tl.store(second_ptr + (i_I - split), total_I.to(second_ptr.dtype.element_ty), mask=(i_I >= split) & (i_I < size))
 
@@ -28,7 +54,91 @@ def sum_partials(partials: torch.Tensor, first: torch.Tensor, second: torch.Tens
     parts, size = partials.shape
     if size == 0:
         return
+    alignment = _ALIGNMENT if size % _ALIGNMENT == 0 else 1
     with on_device(partials):
         _sum_partials_kernel[(triton.cdiv(size, _BLOCK),)](
-            partials, first, first if second is None else second, parts, size, first.numel(), BLOCK=_BLOCK
+            partials,
+            first,
+            first if second is None else second,
+            parts,
+            size // alignment,
+            first.numel(),
+            ALIGNMENT=alignment,
+            BLOCK=_BLOCK,
+            AHEAD=_AHEAD,
+        )
+
+
+@triton.jit(do_not_specialize=["rows", "blocks", "chunks", "row_programs"])
+def _sum_run_partials_kernel(
+    dz_partial_ptr,
+    du_partial_ptr,
+    dz_ptr,
+    dbasis_ptr,
+    dstatic_ptr,
+    rows,
+    blocks,
+    channel_rows,
+    chunks,
+    row_programs,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """The first programs sum the coefficients' gradient, the others the basis' and the static filter's."""
+    if tl.program_id(0) < row_programs:
+        i_I = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        size = rows.to(tl.int64) * ROW
+        total_I = _sum_parts(dz_partial_ptr, size, blocks, i_I, i_I < size, AHEAD)
+        row_I, r_I = i_I // ROW, i_I % ROW
+        mask_I = (i_I < size) & (r_I < RANK)
+        tl.store(dz_ptr + row_I * RANK + r_I, total_I.to(dz_ptr.dtype.element_ty), mask=mask_I)
+    else:
+        i_I = (tl.program_id(0) - row_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        basis = channel_rows.to(tl.int64) * RANK
+        total_I = _sum_parts(
+            du_partial_ptr, channel_rows.to(tl.int64) * ROW, chunks, i_I, i_I < channel_rows * RANKS, AHEAD
+        )
+        tl.store(dbasis_ptr + i_I, total_I.to(dbasis_ptr.dtype.element_ty), mask=i_I < basis)
+        if RANKS > RANK:
+            mask_I = (i_I >= basis) & (i_I < channel_rows * RANKS)
+            tl.store(dstatic_ptr + (i_I - basis), total_I.to(dstatic_ptr.dtype.element_ty), mask=mask_I)
+
+
+def sum_run_partials(
+    dz_partials: torch.Tensor,
+    du_partials: torch.Tensor,
+    dcoefficients: torch.Tensor,
+    dbasis: torch.Tensor,
+    dstatic: torch.Tensor | None,
+) -> None:
+    """Sums over the first dimension, in one launch; what it fills is contiguous.
+
+    dz_partials (blocks, B * T, ROW), float32: the first columns are those of dcoefficients (B, T, RANK).
+    du_partials (chunks, ROW, W * D), float32: dbasis (RANK, W, D), then dstatic (W, D).
+    """
+    blocks, rows, _ = dz_partials.shape
+    chunks, _, channel_rows = du_partials.shape
+    rank = dbasis.shape[0]
+    ranks = rank + (dstatic is not None)
+    row_programs = triton.cdiv(rows * ROW, _BLOCK)
+    with on_device(dz_partials):
+        _sum_run_partials_kernel[(row_programs + triton.cdiv(channel_rows * ranks, _BLOCK),)](
+            dz_partials,
+            du_partials,
+            dcoefficients,
+            dbasis,
+            dbasis if dstatic is None else dstatic,
+            rows,
+            blocks,
+            channel_rows,
+            chunks,
+            row_programs,
+            RANK=rank,
+            RANKS=ranks,
+            ROW=ROW,
+            BLOCK=_BLOCK,
+            AHEAD=_AHEAD,
         )

@@ -144,20 +144,31 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
             yield f"static {name} backward", direct.backward, (x, x, None, *common)
 
 
-def packed_case() -> tuple[str, Callable, tuple]:
-    """Training on packed documents: positions, no state."""
+def one_pass_cases() -> Iterator[tuple[str, Callable, tuple]]:
+    """Every variant of the fast kernels of training: packed documents (positions, no state), no static filter, no
+    residual, x as a slice of a wider tensor."""
     bf16 = torch.bfloat16
     x, z = _tensor(4, 4096, 2048, dtype=bf16), _tensor(4, 4096, 15, dtype=bf16)
     u, s = _tensor(15, 4, 2048, dtype=bf16), _tensor(4, 2048, dtype=bf16)
     positions = _tensor(4, 4096, dtype=torch.int64)
-    return "lowrank R15 bf16/bf16 W4 static packed backward", lowrank.backward, (x, x, z, u, s, True, positions, None)
+    sliced = _tensor(4, 4096, 4096, dtype=bf16)[..., :2048]
+    for name, dy, source, static, residual, packed in [
+        ("packed", x, x, s, True, positions),
+        ("packed, no static", x, x, None, True, positions),
+        ("packed, sliced", x, sliced, s, True, positions),
+        ("no static", x, x, None, True, None),
+        ("no residual", x, x, s, False, None),
+        ("sliced", sliced, sliced, s, True, None),
+    ]:
+        yield f"one pass {name} forward", lowrank.forward, (source, z, u, static, residual, packed, None)
+        yield f"one pass {name} backward", lowrank.backward, (dy, source, z, u, static, residual, packed, None)
 
 
 def report(wanted: str = "") -> Iterator[dict]:
     """One row for each kernel of each case whose name holds `wanted`."""
     for module in (direct, lowrank, lowrank_half, lowrank_half_backward):
         module.multiprocessors = lambda device: MULTIPROCESSORS
-    for case, launcher, args in (*cases(), packed_case()):
+    for case, launcher, args in (*cases(), *one_pass_cases()):
         if wanted in case:
             for kernel, kernel_args, kwargs in record(launcher, *args):
                 row = resources(compile_sm90(kernel, kernel_args, kwargs))

@@ -11,14 +11,15 @@ import pytest
 SCRIPT = Path(__file__).with_name("artefacts.py")
 
 
-# Everything is `python tests/kernels/artefacts.py`; a run of the tests takes what is trained, with and without masks.
+# Everything is `python tests/kernels/artefacts.py`; a run of the tests takes what is trained, and of the low-rank
+# kernels, whose registers are nearly all in use, every variant.
 @pytest.mark.parametrize(
     "wanted",
     [
         "bf16/bf16 W4 static forward",
         "bf16/bf16 W4 static backward",
-        "lowrank R15 bf16/fp32",
-        "lowrank R15 fp32/fp32 W4",
+        "lowrank R",
+        "one pass",
     ],
 )
 def test_nothing_spills(wanted: str) -> None:
