@@ -213,12 +213,10 @@ def test_generate_from_adapters(tmp_path):
     get_peft_model(model, lora_config(model)).save_pretrained(tmp_path / "lora")
     for name in ("lora", "model"):
         AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / name)
-    texts = {
-        name: succeeded("generate", tmp_path / name, "Once upon a time", "--max-new-tokens", 8)
-        for name in ("model", "convs", "lora")
-    }
-    assert len(set(texts.values())) == 1
-    assert texts["model"] != succeeded("generate", STORIES, "Once upon a time", "--max-new-tokens", 8)
+    arguments = ("Lily went to the park with her mom", "--max-new-tokens", 20)
+    texts = [succeeded("generate", tmp_path / name, *arguments) for name in ("model", "convs", "lora")]
+    assert len(set(texts)) == 1
+    assert texts[0] != succeeded("generate", STORIES, *arguments)
 
 
 def test_errors_of_generate(moved):
