@@ -213,7 +213,7 @@ def test_generate_from_adapters(tmp_path):
     get_peft_model(model, lora_config(model)).save_pretrained(tmp_path / "lora")
     for name in ("lora", "model"):
         AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / name)
-    arguments = ("Lily went to the park with her mom", "--max-new-tokens", 20)
+    arguments = ("Lily went to the park with her mom", "--max-new-tokens", 20, "--json")
     texts = [succeeded("generate", tmp_path / name, *arguments) for name in ("model", "convs", "lora")]
     assert len(set(texts)) == 1
     assert texts[0] != succeeded("generate", STORIES, *arguments)
