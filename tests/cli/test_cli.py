@@ -125,10 +125,12 @@ def test_errors_of_retrofit(tmp_path):
 
 def test_no_network(tmp_path):
     """The Hub is sought, and nobody answers."""
+    # huggingface_hub tries six times, half a minute in all.
+    impatient = "import time; time.sleep = lambda seconds: None; import dynconv_cli; dynconv_cli.main()"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     # A port that nothing may listen on.
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-m", "dynconv_cli", "retrofit", "nobody/nothing", str(tmp_path / "new")]
+    command = [sys.executable, "-c", impatient, "retrofit", "nobody/nothing", str(tmp_path / "new")]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout) == (1, "")
     assert re.fullmatch("Error: We couldn't connect to 'http://127.0.0.1:1'.*\n", run.stderr), run.stderr
