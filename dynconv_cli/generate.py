@@ -1,5 +1,6 @@
 """What `dynconv generate` does."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ def continue_prompt(
     # The text is all that is to be read.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # What one library has to change in its use of another.
+    warnings.simplefilter("ignore", FutureWarning)
     device = torch.device(_check_device(device) if device else "cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = _load(name_or_path, {} if revision is None else {"revision": revision})
     model = model.to(device).eval()
