@@ -29,13 +29,14 @@ CASES_A_TEST = 50
 # The interpreter takes a second for what a GPU does in a millisecond. On a GPU it is compiling that takes time: cases
 # share kernels, and differ in the rest.
 MOST_TOKENS, MOST_CHANNELS, KERNELS_A_TEST = (700, 300, 8) if ON_GPU else (40, 80, CASES_A_TEST)
+TRAINED_CHANNELS = (128, 256, 384) if ON_GPU else (64,)
 
 
 def random_kernel(draw: random.Random, mode: str) -> Case:
     """What kernels are compiled for."""
     channels = draw.randint(1, MOST_CHANNELS)
     dtype = draw.choice(DTYPES)
-    return Case(
+    case = Case(
         mode,
         channels=channels,
         kernel_size=draw.randint(1, 8),
@@ -49,6 +50,11 @@ def random_kernel(draw: random.Random, mode: str) -> Case:
         state=draw.random() < 0.5,
         device=DEVICE,
     )
+    if mode == "lowrank" and draw.random() < 0.4:
+        # What training runs has kernels of its own.
+        trained = {"kernel_size": 4, "rank": 15, "dtype": torch.bfloat16, "channels": draw.choice(TRAINED_CHANNELS)}
+        case = dataclasses.replace(case, **trained)
+    return case
 
 
 @st.composite
