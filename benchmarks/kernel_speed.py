@@ -137,6 +137,15 @@ def rows_of(mode: str, head_size: int | None, args: argparse.Namespace, flush: t
     ]
 
 
+def compare_with_fla(rows: list[dict]) -> None:
+    static = {r["direction"]: r["us"] for r in rows if r["implementation"] == "fla"}
+    for row in rows:
+        if static and row["implementation"] in ("gluon", "triton"):
+            size = "" if row["head_size"] is None else f" P={row['head_size']}"
+            ratio = row["us"] / static[row["direction"]]
+            print(f"{row['mode']}{size} {row['direction']} {row['implementation']} / fla: {ratio:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("kernels.json"))
@@ -163,6 +172,7 @@ def main() -> None:
                 f"{row['ratio']:.2f} x {row['floor_us']:.1f}",
                 flush=True,
             )
+    compare_with_fla(rows)
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "gpu": torch.cuda.get_device_name(),
