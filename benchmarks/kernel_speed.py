@@ -5,6 +5,9 @@
 Each time is the median of the profiler's device time over runs that find the caches cold. `floor` is the time that
 moving the same bytes takes: copy_ for one read and one write, add for two reads and one write, and for other bytes
 their number at copy_'s speed.
+
+Where fla-core is installed (pip install fla-core), its static convolution is measured beside ours: "fla" as it is, and
+"fla + residual" with the residual that ours have. FLA_GLUON=1 in the environment makes it take its Gluon kernels.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -52,6 +56,26 @@ def formula(mode: str, x: torch.Tensor, filters: tuple, static_filter: torch.Ten
         return reference.static_reference(x, static_filter, **options)[0]
     name = {"lowrank": reference.lowrank_reference, "headwise": reference.headwise_reference}[mode]
     return name(x, *filters, static_filter_WD=static_filter, **options)[0]
+
+
+def fla_convolutions(x: torch.Tensor, static_filter: torch.Tensor) -> dict[str, tuple]:
+    """fla-core's static convolution without and with a residual, each with its leaves; none if it is not installed."""
+    if find_spec("fla") is None:
+        return {}
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    # (D, W), and its last tap multiplies the token itself.
+    leaves = [x.detach().requires_grad_(), static_filter.flip(0).T.contiguous().detach().requires_grad_()]
+
+    def convolution() -> torch.Tensor:
+        return causal_conv1d(leaves[0], leaves[1])[0]
+
+    def with_residual() -> torch.Tensor:
+        return causal_conv1d(leaves[0], leaves[1], residual=leaves[0])[0]
+
+    expected = formula("static", x, (), static_filter)
+    torch.testing.assert_close(with_residual(), expected, rtol=2e-2, atol=2e-2)
+    return {"fla": (convolution, leaves), "fla + residual": (with_residual, leaves)}
 
 
 def rows_of(mode: str, head_size: int | None, args: argparse.Namespace, flush: torch.Tensor) -> list[dict]:
@@ -93,10 +117,12 @@ def rows_of(mode: str, head_size: int | None, args: argparse.Namespace, flush: t
     for name, kernels in implementations.items():
         times[name, "forward"] = partial(kernels.forward, x, *filters, *common)
         times[name, "backward"] = partial(kernels.backward, dy, x, *filters, *common)
-    for name, fn in () if args.ours_only else (("eager", eager), ("compile", compiled)):
+    others = {"eager": (eager, leaves), "compile": (compiled, leaves)}
+    if mode == "static":
+        others |= fla_convolutions(x, s)
+    for name, (fn, its_leaves) in ({} if args.ours_only else others).items():
         times[name, "forward"] = fn
-        y = fn()
-        times[name, "backward"] = partial(torch.autograd.grad, y, leaves, dy, retain_graph=True)
+        times[name, "backward"] = partial(torch.autograd.grad, fn(), its_leaves, dy, retain_graph=True)
     return [
         {
             "mode": mode,
@@ -111,6 +137,15 @@ def rows_of(mode: str, head_size: int | None, args: argparse.Namespace, flush: t
     ]
 
 
+def compare_with_fla(rows: list[dict]) -> None:
+    static = {r["direction"]: r["us"] for r in rows if r["implementation"] == "fla"}
+    for row in rows:
+        if static and row["implementation"] in ("gluon", "triton"):
+            size = "" if row["head_size"] is None else f" P={row['head_size']}"
+            ratio = row["us"] / static[row["direction"]]
+            print(f"{row['mode']}{size} {row['direction']} {row['implementation']} / fla: {ratio:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("kernels.json"))
@@ -121,7 +156,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=15)
     parser.add_argument("--head-sizes", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--ours-only", action="store_true", help="leave out the formula, eager and compiled")
+    parser.add_argument(
+        "--ours-only", action="store_true", help="leave out the formula, eager and compiled, and fla-core"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
@@ -135,6 +172,7 @@ def main() -> None:
                 f"{row['ratio']:.2f} x {row['floor_us']:.1f}",
                 flush=True,
             )
+    compare_with_fla(rows)
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "gpu": torch.cuda.get_device_name(),

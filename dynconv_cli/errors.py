@@ -42,7 +42,11 @@ def told_in_one_line(command: Callable[..., Any]) -> Callable[..., Any]:
 def check_exists(name_or_path: str) -> None:
     """A mistyped path must not be looked up on the Hub, whose answer would speak of tokens and repositories."""
     if os.path.isdir(name_or_path):
+        if not any(name.endswith("config.json") for name in os.listdir(name_or_path)):
+            raise FileNotFoundError(errno.ENOENT, "no config.json in this directory", name_or_path)
         return
+    if os.path.isfile(name_or_path):
+        raise NotADirectoryError(errno.ENOTDIR, "a file, not the directory of a checkpoint", name_or_path)
     is_path = name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1 or "\\" in name_or_path
     if is_path:
         raise FileNotFoundError(errno.ENOENT, "no such directory", name_or_path)

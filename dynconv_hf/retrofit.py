@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from .distributed import draw_convs_alike, is_divided
 from .modeling import DynamicShortConv, DynConvLlamaConfig, DynConvLlamaForCausalLM
@@ -95,6 +96,7 @@ def _retrofit_checkpoint(
     shared = {key: kwargs[key] for key in SHARED_ARGUMENTS if key in kwargs}
     config, kwargs = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
     check_supported(config, repr(str(name_or_path)))
+    config._commit_hash = _commit(name_or_path, shared)
     model = _NewConvolutions.from_pretrained(
         name_or_path, config=extend_config(config, conv_fields), **{**kwargs, **shared}
     )
@@ -103,6 +105,15 @@ def _retrofit_checkpoint(
     if is_divided(model):
         draw_convs_alike(model)
     return model
+
+
+def _commit(name_or_path: str | os.PathLike, arguments: dict[str, Any]) -> str | None:
+    """The commit that was read, of a name on the Hub: later releases of transformers do not note it in the config."""
+    if os.path.isdir(name_or_path):
+        return None
+    unused = ("attn_implementation", "force_download")
+    reading = {key: value for key, value in arguments.items() if key not in unused}
+    return extract_commit_hash(cached_file(name_or_path, CONFIG_NAME, **reading), None)
 
 
 def _retrofit_model(base: nn.Module, conv_fields: dict[str, Any]) -> DynConvLlamaForCausalLM:

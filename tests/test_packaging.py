@@ -38,7 +38,7 @@ def test_works_without_the_optional_packages():
         f"import sys\nsys.modules.update(dict.fromkeys({absent}))\n"
         "import torch, dynconv_hf, dynconv_hf.training\n"
         "config = dynconv_hf.DynConvLlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, "
-        "num_hidden_layers=1, num_attention_heads=1)\n"
+        "num_hidden_layers=1, num_attention_heads=1, eos_token_id=None)\n"
         "model = dynconv_hf.DynConvLlamaForCausalLM(config)\n"
         "model(torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()\n"
         "print(model.generate(torch.arange(3)[None], max_new_tokens=2, do_sample=False).shape)"

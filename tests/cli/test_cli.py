@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from dynconv_hf import retrofit, retrofit_checkpoint
+from dynconv_hf import freeze_base, lora_config, retrofit, retrofit_checkpoint, save_conv_adapter
 
 from ..checkpoint.checkpoints import SMALL, hashes, load_tensors, save_llama
-from ..modeling.models import STORIES
+from ..modeling.models import STORIES, move_convs
 from .processes import dynconv
 
 COMMANDS = ("retrofit", "inspect", "generate", "doctor")
@@ -122,6 +123,20 @@ def test_errors_of_retrofit(tmp_path):
     assert hashes(tmp_path) == before
 
 
+def test_no_network(tmp_path):
+    """The Hub is sought, and nobody answers."""
+    # huggingface_hub tries six times, half a minute in all.
+    impatient = "import time; time.sleep = lambda seconds: None; import dynconv_cli; dynconv_cli.main()"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    # A port that nothing may listen on.
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", impatient, "retrofit", "nobody/nothing", str(tmp_path / "new")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert re.fullmatch("Error: We couldn't connect to 'http://127.0.0.1:1'.*\n", run.stderr), run.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_full_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -168,8 +183,11 @@ def test_inspect(moved):
 
 def test_errors_of_inspect(moved, tmp_path):
     (tmp_path / "notes.png").write_text("mine")
+    (tmp_path / "empty").mkdir()
     for message, *arguments in [
         ("no such directory: /nowhere", "/nowhere"),
+        ("no config.json in this directory: empty", "empty"),
+        ("a file, not the directory of a checkpoint: notes.png", "notes.png"),
         ("has no dynamic short convolutions .*model_type 'llama'.*`dynconv retrofit`", STORIES),
         ("must end in .png, got 'plot.pdf'", moved, "--plot", "plot.pdf"),
         ("no such directory: missing", moved, "--plot", "missing/plot.png"),
@@ -186,6 +204,21 @@ def test_generate():
     assert result["text"] == succeeded(*arguments).rstrip("\n")
     sampled = (*arguments, "--temperature", 1.5, "--top-p", 0.9)
     assert succeeded(*sampled, "--seed", 1) == succeeded(*sampled, "--seed", 1) != succeeded(*arguments)
+
+
+def test_generate_from_adapters(tmp_path):
+    """LoRA or convolutions alone, on the base that the adapter names; with a tokenizer beside it or without."""
+    model = move_convs(freeze_base(retrofit(STORIES)))
+    save_conv_adapter(model, tmp_path / "convs")
+    model.save_pretrained(tmp_path / "model")
+    # Which changes the model.
+    get_peft_model(model, lora_config(model)).save_pretrained(tmp_path / "lora")
+    for name in ("lora", "model"):
+        AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / name)
+    arguments = ("Lily went to the park with her mom", "--max-new-tokens", 20, "--json")
+    texts = [succeeded("generate", tmp_path / name, *arguments) for name in ("model", "convs", "lora")]
+    assert len(set(texts)) == 1
+    assert texts[0] != succeeded("generate", STORIES, *arguments)
 
 
 def test_errors_of_generate(moved):

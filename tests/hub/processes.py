@@ -1,9 +1,11 @@
 """Python processes of their own: a machine with or without this package, with or without a Hub."""
 
 import os
+import site
 import subprocess
 import sys
 import textwrap
+import venv
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -19,7 +21,26 @@ WITHOUT_PACKAGE = """
 """
 
 
-def run_python(script: str, folder: Path, *, package: bool, hub: str | None = None, **environment: str) -> str:
+def second_environment(folder: Path) -> str:
+    """The Python of a new virtual environment that has this one's packages, but for those installed as editable."""
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    code = "import site; print(site.getsitepackages()[0])"
+    packages = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    # Python does not follow what such files name within the directories that this one names.
+    (Path(packages) / "packages.pth").write_text("\n".join(site.getsitepackages()))
+    return str(python)
+
+
+def run_python(
+    script: str,
+    folder: Path,
+    *,
+    package: bool,
+    hub: str | None = None,
+    python: str = sys.executable,
+    **environment: str,
+) -> str:
     """What `script` prints, in a process that starts in `folder` and keeps all of its caches there.
 
     package: whether `dynconv_hf` can be imported; hub: the address of the Hub there is, if there is one.
@@ -38,7 +59,7 @@ def run_python(script: str, folder: Path, *, package: bool, hub: str | None = No
     }
     prelude = "" if package else textwrap.dedent(WITHOUT_PACKAGE)
     done = subprocess.run(
-        [sys.executable, "-c", prelude + textwrap.dedent(script)],
+        [python, "-c", prelude + textwrap.dedent(script)],
         cwd=folder,
         env=variables,
         stdin=subprocess.DEVNULL,

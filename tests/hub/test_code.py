@@ -131,6 +131,41 @@ def test_triton_kernels_run_without_the_package_in_two_copies(model, tmp_path):
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_fastest_kernels_run_on_a_gpu_without_the_package(tmp_path):
+    torch.manual_seed(0)
+    # Wide enough for them.
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "conv_mode": "lowrank", "conv_targets": "all-linear"}
+    model = move_convs(DynConvLlamaForCausalLM(DynConvLlamaConfig(**{**SMALL, **sizes}))).bfloat16().eval()
+    model.save_pretrained(tmp_path / "model")
+    ids = random_ids(2, 50)
+    model.cuda()(ids.cuda(), labels=ids.cuda()).loss.backward()
+    gradient = model.model.layers[0].self_attn.q_conv.basis.grad
+    with torch.no_grad():
+        torch.save((ids, model(ids.cuda()).logits, gradient), tmp_path / "expected.pt")
+    run_python(
+        """
+        import sys, torch
+        from transformers import AutoModelForCausalLM
+        ids, expected, gradient = (tensor.cuda() for tensor in torch.load("expected.pt"))
+        model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True, dtype="auto").cuda().eval()
+        assert type(model).__module__.startswith("transformers_modules."), type(model)
+        model(ids, labels=ids).loss.backward()
+        conv = model.model.layers[0].self_attn.q_conv
+        assert torch.equal(conv.basis.grad, gradient)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
+        dispatch = next(module for name, module in sys.modules.items() if name.endswith(".dynconv_kernels_dispatch"))
+        x, coefficients = (torch.zeros(2, 50, n, device="cuda", dtype=torch.bfloat16) for n in (256, 15))
+        choice = dispatch.describe_implementation(x, coefficients, conv.basis, static_filter=conv.static_filter)
+        assert choice.name == "triton: lowrank_gluon", choice
+        """,
+        tmp_path,
+        package=False,
+    )
+
+
 def test_with_the_package_its_own_classes_are_used(model, tmp_path):
     model.save_pretrained(tmp_path)
     for trust in (None, False, True):

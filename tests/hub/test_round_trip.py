@@ -1,8 +1,8 @@
-"""To a Hub and back, in processes of their own: one that has this package, one that has not."""
+"""To a Hub and back, in environments of their own: one that has this package, one that has not."""
 
 from ..modeling.models import PROMPT, STORIES
 from .hub_server import hub_server
-from .processes import run_python
+from .processes import run_python, second_environment
 
 PUSH = f"""
     import torch
@@ -62,7 +62,7 @@ LOAD_WITH_PACKAGE = f"""
 def test_there_and_back(tmp_path):
     with hub_server() as hub:
         run_python(PUSH, tmp_path, package=True, hub=hub.url)
-        run_python(LOAD, tmp_path, package=False, hub=hub.url)
+        run_python(LOAD, tmp_path, package=False, hub=hub.url, python=second_environment(tmp_path / "environment"))
         run_python(LOAD_WITH_PACKAGE, tmp_path, package=True, hub=hub.url)
 
     first, again = hub.files("tester/dynconv"), hub.files("tester/again")

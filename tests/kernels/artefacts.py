@@ -63,6 +63,10 @@ def record(launcher: Callable, *args: Any) -> list:
 
 
 def compile_sm90(kernel: Any, args: tuple, kwargs: dict) -> Any:
+    return compile_for(GPUTarget("cuda", 90, 32), kernel, args, kwargs)
+
+
+def compile_for(target: GPUTarget, kernel: Any, args: tuple, kwargs: dict) -> Any:
     """Compiles as the just-in-time compiler would for these arguments."""
     bound = dict(zip([p.name for p in kernel.params], args, strict=False))
     options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
@@ -82,7 +86,7 @@ def compile_sm90(kernel: Any, args: tuple, kwargs: dict) -> Any:
             if specialize and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=target, options=options)
 
 
 def resources(compiled: Any) -> dict[str, int]:
@@ -164,15 +168,19 @@ def one_pass_cases() -> Iterator[tuple[str, Callable, tuple]]:
         yield f"one pass {name} backward", lowrank.backward, (dy, source, z, u, static, residual, packed, None)
 
 
-def report(wanted: str = "") -> Iterator[dict]:
-    """One row for each kernel of each case whose name holds `wanted`."""
+def recordable(wanted: str = "") -> Iterator[tuple[str, Callable, tuple]]:
+    """The cases whose name holds `wanted`, for a device that is not there."""
     for module in (direct, lowrank, lowrank_half, lowrank_half_backward):
         module.multiprocessors = lambda device: MULTIPROCESSORS
-    for case, launcher, args in (*cases(), *one_pass_cases()):
-        if wanted in case:
-            for kernel, kernel_args, kwargs in record(launcher, *args):
-                row = resources(compile_sm90(kernel, kernel_args, kwargs))
-                yield {"case": case, "kernel": kernel.fn.__name__, **row}
+    return (case for case in (*cases(), *one_pass_cases()) if wanted in case[0])
+
+
+def report(wanted: str = "") -> Iterator[dict]:
+    """One row for each kernel of each case whose name holds `wanted`."""
+    for case, launcher, args in recordable(wanted):
+        for kernel, kernel_args, kwargs in record(launcher, *args):
+            row = resources(compile_sm90(kernel, kernel_args, kwargs))
+            yield {"case": case, "kernel": kernel.fn.__name__, **row}
 
 
 if __name__ == "__main__":

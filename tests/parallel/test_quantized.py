@@ -44,11 +44,11 @@ def base_path(tmp_path: Path) -> Path:
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(tokens()).logits
+        return model(tokens().to(model.device)).logits
 
 
 def generated(model: torch.nn.Module) -> torch.Tensor:
-    return model.generate(tokens(), max_new_tokens=6, do_sample=False)
+    return model.generate(tokens().to(model.device), max_new_tokens=6, do_sample=False)
 
 
 def assert_only_linears_are_quantized(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -113,7 +113,8 @@ def test_convolutions_of_a_quantized_base_train(base_path: Path, quantizer: Call
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.requires_grad_("Conv" in type(module).__name__ or "Filter" in type(module).__name__)
-    model(tokens(), labels=tokens()).loss.backward()
+    ids = tokens().to(model.device)
+    model(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         if "_conv." in name:
             assert parameter.grad.abs().max() > 0, name

@@ -23,7 +23,7 @@ def text_ids(rows: int = 4, tokens: int = 48) -> torch.Tensor:
 
 def train(model: nn.Module, steps: int = 5, conv_learning_rate: float = 1e-2) -> float:
     """Trains whatever requires a gradient; returns the loss at the end."""
-    ids = text_ids()
+    ids = text_ids().to(model.device)
     groups = parameter_groups(model, learning_rate=3e-3, conv_learning_rate=conv_learning_rate)
     optimizer = torch.optim.AdamW(groups)
     model.train()
@@ -37,13 +37,13 @@ def train(model: nn.Module, steps: int = 5, conv_learning_rate: float = 1e-2) ->
 
 @torch.no_grad()
 def loss(model: nn.Module) -> float:
-    ids = text_ids()
+    ids = text_ids().to(model.device)
     return model(input_ids=ids, labels=ids, use_cache=False).loss.item()
 
 
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
-    return model.eval()(random_ids(2, 24)).logits
+    return model.eval()(random_ids(2, 24).to(model.device)).logits
 
 
 def in_new_process(code: str, *arguments: object) -> str:
