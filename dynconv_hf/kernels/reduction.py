@@ -8,17 +8,23 @@ from .launch import on_device
 
 __all__ = ["sum_partials"]
 
-_BLOCK = 512
+_PARTS, _BLOCK = 16, 64
 
 
 @triton.jit(do_not_specialize=["parts", "size", "split"])
-def _sum_partials_kernel(partial_ptr, first_ptr, second_ptr, parts, size, split, BLOCK: tl.constexpr):
+def _sum_partials_kernel(
+    partial_ptr, first_ptr, second_ptr, parts, size, split, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """PARTS of the partial results at a time, as many loads in flight: there may be few columns and many parts."""
+    part_P = tl.arange(0, PARTS)
     i_I = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total_I = tl.zeros((BLOCK,), tl.float32)
-    part_ptr = partial_ptr
-    for _ in range(parts):
-        total_I += tl.load(part_ptr + i_I, mask=i_I < size, other=0.0)
-        part_ptr += size
+    total_PI = tl.zeros((PARTS, BLOCK), tl.float32)
+    offset_PI = part_P.to(tl.int64)[:, None] * size + i_I[None, :]
+    for part in range(0, parts, PARTS):
+        mask_PI = (part + part_P < parts)[:, None] & (i_I < size)[None, :]
+        total_PI += tl.load(partial_ptr + offset_PI, mask=mask_PI, other=0.0)
+        partial_ptr += size.to(tl.int64) * PARTS
+    total_I = tl.sum(total_PI, axis=0)
     tl.store(first_ptr + i_I, total_I.to(first_ptr.dtype.element_ty), mask=i_I < split)
     tl.store(second_ptr + (i_I - split), total_I.to(second_ptr.dtype.element_ty), mask=(i_I >= split) & (i_I < size))
 
@@ -30,5 +36,12 @@ def sum_partials(partials: torch.Tensor, first: torch.Tensor, second: torch.Tens
         return
     with on_device(partials):
         _sum_partials_kernel[(triton.cdiv(size, _BLOCK),)](
-            partials, first, first if second is None else second, parts, size, first.numel(), BLOCK=_BLOCK
+            partials,
+            first,
+            first if second is None else second,
+            parts,
+            size,
+            first.numel(),
+            PARTS=_PARTS,
+            BLOCK=_BLOCK,
         )
