@@ -1,321 +1,100 @@
 """Convolutions whose filters lie in memory, in Triton: head-wise filters, a static filter, or their sum.
 
-A block of channels is BH heads by BP channels of each: several whole heads, or a part of one large head.
-
-Shape suffixes: I rows of a tile, J its channels, H its heads, K heads times taps, W taps (a tuple).
+What launches the kernels; `direct_tiles` says how they divide the work. Sizes follow from shapes and the device by
+rule: nothing is tried out at run time, and a compiled kernel serves all B and T.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
+from .direct_backward import direct_backward_kernel
+from .direct_forward import direct_forward_kernel
 from .launch import flat_rows, multiprocessors, on_device, rows, state_rows
 from .reduction import sum_partials
-from .tiles import load_rows, store_rows, tap_counts
 
 __all__ = ["backward", "forward"]
 
-_SHAPE_ARGUMENTS = ["B", "T", "x_stride_b", "f_stride_b", "dy_stride_b", "positions_stride_b", "tiles_per_chunk"]
+_FORWARD_WARPS = 4
+# Smaller programs: more of them side by side, for as many registers.
+_BACKWARD_WARPS = 2
+# Steps whose loads are under way, in shared memory.
+_STAGES = 3
+# Channels of a thread: 16 bytes of bfloat16, or half of that, where gradients take twice the registers.
+_FORWARD_VECTOR = 8
+_BACKWARD_VECTOR = 4
+# The forward has nothing to add up over a run: short ones, so that programs that run side by side read what lies
+# side by side.
+_FORWARD_RUN = 8
+# No run is shorter than the state, of at most 7 tokens.
+_SHORTEST_RUN = 8
+# Programs on one multiprocessor; all run side by side, as their registers allow.
+_BACKWARD_PROGRAMS = 6
 
 
-@triton.jit
-def _channels(block, HEADS: tl.constexpr, P: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr):
-    """The first head of a block and its channels d_J, with what of them exists."""
-    PARTS: tl.constexpr = (P + BP - 1) // BP
-    head, p = (block // PARTS) * BH, (block % PARTS) * BP
-    j_J = tl.arange(0, BH * BP)
-    if BH == 1:
-        d_J = head * P + p + j_J
-        keep_J = p + j_J < P
-    elif P == BP:
-        d_J = head * P + j_J
-        keep_J = d_J < HEADS * P
-    else:
-        head_J, p_J = head + j_J // BP, j_J % BP
-        d_J = head_J * P + p_J
-        keep_J = (head_J < HEADS) & (p_J < P)
-    return head, d_J, keep_J
+class _Division(NamedTuple):
+    """How the channels are divided: `sizes` for the kernel, blocks of channels, parts of a head."""
+
+    sizes: dict[str, int]
+    blocks: int
+    parts: int
+    lanes: int
 
 
-@triton.jit
-def _load_taps(f_ptr, stride_t, t, i_I, head, T, w, W: tl.constexpr, HEADS: tl.constexpr, BH: tl.constexpr):
-    """Tap w of rows t + i_I for BH heads, (I, H)."""
-    row_I = t + i_I
-    h_H = head + tl.arange(0, BH)
-    return tl.load(
-        f_ptr + t.to(tl.int64) * stride_t + (i_I[:, None] * stride_t + (h_H * W + w)[None, :]),
-        mask=((row_I >= 0) & (row_I < T))[:, None] & (h_H < HEADS)[None, :],
-        other=0.0,
-    ).to(tl.float32)
+class _FilterRows(NamedTuple):
+    """Filters (B, T, H, W) as words of `word` bits, `words` for each head; strides count words."""
+
+    tensor: torch.Tensor
+    stride_b: int
+    stride_t: int
+    alignment: int
+    word: int
+    words: int
 
 
-@triton.jit
-def _spread(f_IH, BP: tl.constexpr):
-    """One value for each head becomes one for each of its channels."""
-    if BP == 1:
-        return f_IH
-    return tl.broadcast_to(f_IH[:, :, None], [f_IH.shape[0], f_IH.shape[1], BP]).reshape(
-        f_IH.shape[0], f_IH.shape[1] * BP
-    )
+def _divide_channels(heads: int, head_size: int, vector: int, warps: int, kernel_size: int, words: int) -> _Division:
+    """A thread's vector of channels is of one head, or of as many as their filters are 16 bytes: two, if whole.
 
-
-@triton.jit
-def _filtered_sum(
-    x_ptr,
-    x_stride_t,
-    f_ptr,
-    f_stride_t,
-    s_ptr,
-    positions_ptr,
-    positions_stride_t,
-    state_ptr,
-    t,
-    i_I,
-    head,
-    d_J,
-    keep_J,
-    T,
-    D,
-    HEADS: tl.constexpr,
-    W: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    HAS_FILTERS: tl.constexpr,
-    HAS_STATIC: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BH: tl.constexpr,
-    BP: tl.constexpr,
-):
-    """(x[t]) + sum_w k[t, w] * x[t - w]; transposed, what x's gradient is: (x[t]) + sum_w k[t + w, w] * x[t + w]."""
-    if RESIDUAL:
-        y_IJ = load_rows(x_ptr, x_stride_t, state_ptr, t, i_I, d_J, keep_J, T, D, W - 1, False).to(tl.float32)
-    else:
-        y_IJ = tl.zeros((i_I.shape[0], d_J.shape[0]), tl.float32)
-    for w in tl.static_range(W):
-        filter_i_I = i_I + w if TRANSPOSED else i_I
-        x_i_I = i_I + w if TRANSPOSED else i_I - w
-        x_IJ = load_rows(x_ptr, x_stride_t, state_ptr, t, x_i_I, d_J, keep_J, T, D, W - 1, HAS_STATE).to(tl.float32)
-        if HAS_FILTERS:
-            k_IJ = _spread(_load_taps(f_ptr, f_stride_t, t, filter_i_I, head, T, w, W, HEADS, BH), BP)
-            if HAS_STATIC:
-                k_IJ += tl.load(s_ptr + w * D + d_J, mask=keep_J, other=0.0).to(tl.float32)[None, :]
-            term_IJ = k_IJ * x_IJ
-        else:
-            term_IJ = tl.load(s_ptr + w * D + d_J, mask=keep_J, other=0.0).to(tl.float32)[None, :] * x_IJ
-        counts_I = tap_counts(positions_ptr, positions_stride_t, t + filter_i_I, w, T, HAS_POSITIONS)
-        # `where`, not a product with the mask: what a token must not see may be inf or nan.
-        y_IJ += tl.where(counts_I[:, None], term_IJ, 0.0)
-    return y_IJ
-
-
-@triton.jit(do_not_specialize=_SHAPE_ARGUMENTS)
-def _forward_kernel(
-    x_ptr,
-    f_ptr,
-    s_ptr,
-    positions_ptr,
-    state_ptr,
-    y_ptr,
-    T,
-    D,
-    x_stride_b,
-    x_stride_t,
-    f_stride_b,
-    f_stride_t,
-    positions_stride_b,
-    positions_stride_t,
-    X_ALIGNMENT: tl.constexpr,
-    F_ALIGNMENT: tl.constexpr,
-    HEADS: tl.constexpr,
-    P: tl.constexpr,
-    W: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    HAS_FILTERS: tl.constexpr,
-    HAS_STATIC: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    BT: tl.constexpr,
-    BH: tl.constexpr,
-    BP: tl.constexpr,
-):
-    blocks, tiles = tl.cdiv(HEADS, BH) * tl.cdiv(P, BP), tl.cdiv(T, BT)
-    block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, t = (tile // tiles).to(tl.int64), (tile % tiles) * BT
-    head, d_J, keep_J = _channels(block, HEADS, P, BH, BP)
-    i_I = tl.arange(0, BT)
-    y_IJ = _filtered_sum(
-        x_ptr + b * x_stride_b * X_ALIGNMENT,
-        x_stride_t,
-        f_ptr + b * f_stride_b * F_ALIGNMENT,
-        f_stride_t,
-        s_ptr,
-        positions_ptr + b * positions_stride_b,
-        positions_stride_t,
-        state_ptr + b * (W - 1) * D,
-        t,
-        i_I,
-        head,
-        d_J,
-        keep_J,
-        T,
-        D,
-        HEADS,
-        W,
-        RESIDUAL,
-        HAS_FILTERS,
-        HAS_STATIC,
-        HAS_POSITIONS,
-        HAS_STATE,
-        False,
-        BH,
-        BP,
-    )
-    store_rows(y_ptr + b * T * D, state_ptr, y_IJ, t, i_I, d_J, keep_J, T, D, W - 1, False)
-
-
-@triton.jit(do_not_specialize=_SHAPE_ARGUMENTS)
-def _backward_kernel(
-    dy_ptr,
-    x_ptr,
-    f_ptr,
-    s_ptr,
-    positions_ptr,
-    state_ptr,
-    dx_ptr,
-    df_ptr,
-    ds_ptr,
-    dstate_ptr,
-    B,
-    T,
-    D,
-    dy_stride_b,
-    dy_stride_t,
-    x_stride_b,
-    x_stride_t,
-    f_stride_b,
-    f_stride_t,
-    positions_stride_b,
-    positions_stride_t,
-    tiles_per_chunk,
-    DY_ALIGNMENT: tl.constexpr,
-    X_ALIGNMENT: tl.constexpr,
-    F_ALIGNMENT: tl.constexpr,
-    HEADS: tl.constexpr,
-    P: tl.constexpr,
-    W: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    HAS_FILTERS: tl.constexpr,
-    HAS_STATIC: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    BT: tl.constexpr,
-    BH: tl.constexpr,
-    BP: tl.constexpr,
-):
-    """A chunk of tiles by a block of channels.
-
-    df_ptr: (parts of a head, B, T, HEADS, W) and ds_ptr: (chunks, W, D), float32, are to be summed over their first
-    dimension; where a head has one part, df_ptr is the gradient itself, in its own type.
+    Loads of 16 bytes of both then leave each filter in the thread that holds its channels. Longer filters keep more
+    in registers: shorter vectors.
     """
-    STATE: tl.constexpr = W - 1
-    PARTS: tl.constexpr = (P + BP - 1) // BP
-    # Rows start before 0 where the state wants a gradient.
-    START: tl.constexpr = -STATE if HAS_STATE else 0
-    blocks, tiles = tl.cdiv(HEADS, BH) * PARTS, tl.cdiv(T - START, BT)
-    block, chunk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    head, d_J, keep_J = _channels(block, HEADS, P, BH, BP)
-    i_I, h_H = tl.arange(0, BT), head + tl.arange(0, BH)
-    df_ptr += ((block % PARTS).to(tl.int64) * B * T) * (HEADS * W)
-
-    ds_W = ()
-    for _ in tl.static_range(W):
-        ds_W += (tl.zeros((BT, BH * BP), tl.float32),)
-    for tile in range(chunk * tiles_per_chunk, min((chunk + 1) * tiles_per_chunk, B * tiles)):
-        b, t = (tile // tiles).to(tl.int64), START + (tile % tiles) * BT
-        dy_b_ptr = dy_ptr + b * dy_stride_b * DY_ALIGNMENT
-        x_b_ptr = x_ptr + b * x_stride_b * X_ALIGNMENT
-        positions_b_ptr = positions_ptr + b * positions_stride_b
-        dx_IJ = _filtered_sum(
-            dy_b_ptr,
-            dy_stride_t,
-            f_ptr + b * f_stride_b * F_ALIGNMENT,
-            f_stride_t,
-            s_ptr,
-            positions_b_ptr,
-            positions_stride_t,
-            state_ptr,
-            t,
-            i_I,
-            head,
-            d_J,
-            keep_J,
-            T,
-            D,
-            HEADS,
-            W,
-            RESIDUAL,
-            HAS_FILTERS,
-            HAS_STATIC,
-            HAS_POSITIONS,
-            False,
-            True,
-            BH,
-            BP,
-        )
-        store_rows(dx_ptr + b * T * D, dstate_ptr + b * STATE * D, dx_IJ, t, i_I, d_J, keep_J, T, D, STATE, HAS_STATE)
-        dy_IJ = load_rows(dy_b_ptr, dy_stride_t, state_ptr, t, i_I, d_J, keep_J, T, D, STATE, False).to(tl.float32)
-        row_I = t + i_I
-        df_offset_I = (b * T + row_I) * (HEADS * W)
-        df_mask_IH = ((row_I >= 0) & (row_I < T))[:, None] & (h_H < HEADS)[None, :]
-        df_W = ()
-        new_ds_W = ()
-        for w in tl.static_range(W):
-            x_IJ = load_rows(
-                x_b_ptr, x_stride_t, state_ptr + b * STATE * D, t, i_I - w, d_J, keep_J, T, D, STATE, HAS_STATE
-            )
-            counts_I = tap_counts(positions_b_ptr, positions_stride_t, row_I, w, T, HAS_POSITIONS)
-            g_IJ = tl.where(counts_I[:, None], dy_IJ * x_IJ.to(tl.float32), 0.0)
-            if HAS_FILTERS:
-                df_W += (tl.sum(g_IJ.reshape(BT, BH, BP), axis=2),)
-            if HAS_STATIC:
-                new_ds_W += (ds_W[w] + g_IJ,)
-        if HAS_STATIC:
-            ds_W = new_ds_W
-        if HAS_FILTERS:
-            df_tile_ptr = df_ptr + df_offset_I[:, None]
-            if W == 4:
-                # The taps of a head side by side: one wide store instead of four scattered ones.
-                df_IK = tl.join(tl.join(df_W[0], df_W[2]), tl.join(df_W[1], df_W[3])).reshape(BT, BH * W)
-                k_K = tl.arange(0, BH * W)
-                mask_IK = ((row_I >= 0) & (row_I < T))[:, None] & (head * W + k_K < HEADS * W)[None, :]
-                tl.store(df_tile_ptr + (head * W + k_K)[None, :], df_IK.to(df_ptr.dtype.element_ty), mask=mask_IK)
-            else:
-                for w in tl.static_range(W):
-                    df_IH = df_W[w].to(df_ptr.dtype.element_ty)
-                    tl.store(df_tile_ptr + (h_H * W + w)[None, :], df_IH, mask=df_mask_IH)
-    if HAS_STATIC:
-        ds_ptr += (chunk.to(tl.int64) * W) * D
-        for w in tl.static_range(W):
-            tl.store(ds_ptr + w * D + d_J, tl.sum(ds_W[w], axis=0), mask=keep_J)
-
-
-def _block_sizes(head_size: int, channels: int, tokens: int, width: int) -> dict[str, int]:
-    """Whole heads, their size rounded up to a power of two, or a part of one large head."""
-    width = min(width, triton.next_power_of_2(channels))
+    vector = vector if kernel_size <= 4 else vector // 2
+    if words > 0:
+        vector = min(vector, 2 * triton.next_power_of_2(head_size))
+    width = min(32 * vector, triton.next_power_of_2(heads * head_size))
     part = min(width, triton.next_power_of_2(head_size))
-    return {"BT": tokens, "BH": width // part, "BP": part}
+    sizes = {"RUNS": 32 * warps * vector // width, "BH": width // part, "BP": part}
+    parts = triton.cdiv(head_size, part)
+    return _Division(sizes, triton.cdiv(heads, width // part) * parts, parts, max(1, part // vector))
 
 
-def _forward_sizes(head_size: int, channels: int, kernel_size: int, has_filters: bool) -> dict[str, int]:
-    """What was fastest on an H100 for W = 4; for larger W, what registers hold without spilling."""
-    if not has_filters:
-        return {**_block_sizes(head_size, channels, 32, 128 if kernel_size <= 4 else 64), "num_warps": 8}
-    return {**_block_sizes(head_size, channels, 8, 256 if kernel_size <= 4 else 128), "num_warps": 4}
+def _filter_rows(filters: torch.Tensor | None, x: torch.Tensor) -> _FilterRows:
+    """The filters; without any, a stand-in that the kernel does not read."""
+    if filters is None:
+        return _FilterRows(x, 0, 0, 1, 8 * x.element_size(), 0)
+    tensor, stride_b, stride_t, alignment = rows(filters)
+    kernel_size = filters.shape[3]
+    word = _word_bits(tensor, kernel_size, (stride_b * alignment, stride_t))
+    taps = word // (8 * tensor.element_size())
+    if alignment == 1:
+        stride_b //= taps
+    else:
+        alignment //= taps
+    return _FilterRows(tensor, stride_b, stride_t // taps, alignment, word, kernel_size // taps)
 
 
-def _backward_sizes(head_size: int, channels: int, kernel_size: int) -> dict[str, int]:
-    return {**_block_sizes(head_size, channels, 16, 128 if kernel_size <= 4 else 64), "num_warps": 8}
+def _word_bits(tensor: torch.Tensor, kernel_size: int, strides: tuple[int, ...] = (), lanes: int = 1) -> int:
+    """Bits of the largest word, of 64, 32 or one element's, that divides the taps of a head and where they lie.
+
+    Threads that share a head (`lanes` of them) write different words of it: each should have one, if taps suffice.
+    """
+    size = tensor.element_size()
+    for word in (8, 4):
+        aligned = tensor.data_ptr() % word == 0 and all(n * size % word == 0 for n in (kernel_size, *strides))
+        if size < word and aligned and (lanes == 1 or word * lanes <= kernel_size * size):
+            return 8 * word
+    return 8 * size
 
 
 def forward(
@@ -333,10 +112,11 @@ def forward(
         return y
     heads, kernel_size = _heads_and_kernel_size(filters, static_filter)
     head_size = channels // heads
-    x_rows, f_rows, position_rows = rows(x), rows(x if filters is None else filters), flat_rows(positions, x)
-    sizes = _forward_sizes(head_size, channels, kernel_size, filters is not None)
+    x_rows, f_rows, position_rows = rows(x), _filter_rows(filters, x), flat_rows(positions, x)
+    division = _divide_channels(heads, head_size, _FORWARD_VECTOR, _FORWARD_WARPS, kernel_size, f_rows.words)
+    chunks = triton.cdiv(tokens, division.sizes["RUNS"] * _FORWARD_RUN)
     with on_device(x):
-        _forward_kernel[(_blocks(heads, head_size, sizes) * triton.cdiv(tokens, sizes["BT"]) * batch,)](
+        direct_forward_kernel[(division.blocks * chunks * batch,)](
             x_rows.tensor,
             f_rows.tensor,
             x if static_filter is None else static_filter.contiguous(),
@@ -344,24 +124,30 @@ def forward(
             state_rows(initial_state, x),
             y,
             tokens,
-            channels,
             x_rows.stride_b,
             x_rows.stride_t,
             f_rows.stride_b,
             f_rows.stride_t,
             position_rows.stride_b,
             position_rows.stride_t,
+            _FORWARD_RUN,
             X_ALIGNMENT=x_rows.alignment,
+            X_DENSE=x_rows.stride_t == channels,
             F_ALIGNMENT=f_rows.alignment,
+            F_DENSE=f_rows.stride_t == heads * f_rows.words,
+            WORD=f_rows.word,
+            WORDS=f_rows.words,
             HEADS=heads,
             P=head_size,
             W=kernel_size,
             RESIDUAL=residual,
-            HAS_FILTERS=filters is not None,
             HAS_STATIC=static_filter is not None,
             HAS_POSITIONS=positions is not None,
             HAS_STATE=initial_state is not None and kernel_size > 1,
-            **sizes,
+            U=_step(kernel_size, head_size),
+            STAGES=_STAGES,
+            num_warps=_FORWARD_WARPS,
+            **division.sizes,
         )
     return y
 
@@ -389,21 +175,16 @@ def backward(
     batch, tokens, channels = x.shape
     heads, kernel_size = _heads_and_kernel_size(filters, static_filter)
     head_size = channels // heads
-    dy_rows, x_rows, position_rows = rows(dy), rows(x), flat_rows(positions, x)
-    f_rows = rows(x if filters is None else filters)
-    has_state = initial_state is not None and kernel_size > 1
-    sizes = _backward_sizes(head_size, channels, kernel_size)
-    blocks, parts = _blocks(heads, head_size, sizes), triton.cdiv(head_size, sizes["BP"])
-    tiles = batch * triton.cdiv(tokens + (kernel_size - 1 if has_state else 0), sizes["BT"])
-    # Fewer chunks: fewer partial sums to write and add. More chunks: every multiprocessor has work.
-    tiles_per_chunk = triton.cdiv(tiles * blocks, 8 * multiprocessors(x.device))
-    chunks = triton.cdiv(tiles, tiles_per_chunk)
-    df_partials = dfilters
-    if filters is not None and parts > 1:
-        df_partials = torch.empty(parts, filters.numel(), dtype=torch.float32, device=x.device)
+    dy_rows, x_rows, f_rows, position_rows = rows(dy), rows(x), _filter_rows(filters, x), flat_rows(positions, x)
+    division = _divide_channels(heads, head_size, _BACKWARD_VECTOR, _BACKWARD_WARPS, kernel_size, f_rows.words)
+    run = _backward_run(batch, tokens, division, _step(kernel_size, head_size), x.device)
+    chunks = batch * triton.cdiv(tokens, division.sizes["RUNS"] * run)
     ds_partials = torch.empty(chunks, kernel_size * channels, dtype=torch.float32, device=x.device)
+    df_partials = ds_partials if dfilters is None else dfilters
+    if dfilters is not None and division.parts > 1:
+        df_partials = torch.empty(division.parts, filters.numel(), dtype=torch.float32, device=x.device)
     with on_device(x):
-        _backward_kernel[(blocks * chunks,)](
+        direct_backward_kernel[(division.blocks * chunks,)](
             dy_rows.tensor,
             x_rows.tensor,
             f_rows.tensor,
@@ -411,12 +192,11 @@ def backward(
             position_rows.tensor,
             state_rows(initial_state, x),
             dx,
-            ds_partials if df_partials is None else df_partials,
+            df_partials,
             ds_partials,
             state_rows(dstate, x),
             batch,
             tokens,
-            channels,
             dy_rows.stride_b,
             dy_rows.stride_t,
             x_rows.stride_b,
@@ -425,31 +205,52 @@ def backward(
             f_rows.stride_t,
             position_rows.stride_b,
             position_rows.stride_t,
-            tiles_per_chunk,
+            run,
             DY_ALIGNMENT=dy_rows.alignment,
+            DY_DENSE=dy_rows.stride_t == channels,
             X_ALIGNMENT=x_rows.alignment,
+            X_DENSE=x_rows.stride_t == channels,
             F_ALIGNMENT=f_rows.alignment,
+            F_DENSE=f_rows.stride_t == heads * f_rows.words,
+            WORD=f_rows.word,
+            WORDS=f_rows.words,
+            DF_WORD=_word_bits(df_partials, kernel_size, lanes=division.lanes),
             HEADS=heads,
             P=head_size,
             W=kernel_size,
             RESIDUAL=residual,
-            HAS_FILTERS=filters is not None,
             HAS_STATIC=static_filter is not None,
             HAS_POSITIONS=positions is not None,
-            HAS_STATE=has_state,
-            **sizes,
+            HAS_STATE=initial_state is not None and kernel_size > 1,
+            LANES=division.lanes,
+            U=_step(kernel_size, head_size),
+            STAGES=_STAGES,
+            num_warps=_BACKWARD_WARPS,
+            **division.sizes,
         )
-    if dfilters is not None and parts > 1:
+    if dfilters is not None and division.parts > 1:
         sum_partials(df_partials, dfilters)
     if dstatic is not None:
         sum_partials(ds_partials, dstatic)
     return gradients
 
 
+def _backward_run(batch: int, tokens: int, division: _Division, step: int, device: torch.device) -> int:
+    """Tokens of a run: so many that all programs run side by side, each of them as long as the next."""
+    programs = _BACKWARD_PROGRAMS * multiprocessors(device)
+    chunks = max(1, programs // (division.blocks * batch))
+    run = max(_SHORTEST_RUN, triton.cdiv(tokens, chunks * division.sizes["RUNS"]))
+    return triton.cdiv(run, step) * step
+
+
+def _step(kernel_size: int, head_size: int) -> int:
+    """Tokens of a step: no fewer than the W - 1 that a step passes on, or the compiler does not fetch loads ahead.
+
+    Where a thread holds two long filters of each token, so many tokens would not fit into registers.
+    """
+    return 8 if kernel_size > 5 and head_size > 1 else 4
+
+
 def _heads_and_kernel_size(filters: torch.Tensor | None, static_filter: torch.Tensor | None) -> tuple[int, int]:
     """Without head-wise filters, all channels count as one head."""
     return (1, static_filter.shape[0]) if filters is None else (filters.shape[2], filters.shape[3])
-
-
-def _blocks(heads: int, head_size: int, sizes: dict[str, int]) -> int:
-    return triton.cdiv(heads, sizes["BH"]) * triton.cdiv(head_size, sizes["BP"])

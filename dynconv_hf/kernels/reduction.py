@@ -8,13 +8,49 @@ from .launch import on_device
 
 __all__ = ["ROW", "sum_partials", "sum_run_partials"]
 
-_BLOCK = 512
-# Parts that are loaded before the first of them is added: a sum that waits for each load in turn is slow.
-_AHEAD = 8
-# Wide loads need to know that parts start at multiples of 16 bytes.
-_ALIGNMENT = 4
-# Elements of a row of partial sums of the coefficients' gradient, a multiple of _ALIGNMENT.
+# Few columns and many parts, as of a filter's gradient: so many parts at a time, by so many columns.
+_PARTS, _COLUMNS = 16, 64
+# Many columns and few parts, as of a whole run's: so many columns, by so many parts that are loaded before the first
+# of them is added. A sum that waits for each load in turn is slow.
+_BLOCK, _AHEAD = 512, 8
+# Elements of a row of partial sums of the coefficients' gradient.
 ROW = 16
+
+
+@triton.jit(do_not_specialize=["parts", "size", "split"])
+def _sum_partials_kernel(
+    partial_ptr, first_ptr, second_ptr, parts, size, split, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """PARTS of the partial results at a time, as many loads in flight: there may be few columns and many parts."""
+    part_P = tl.arange(0, PARTS)
+    i_I = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total_PI = tl.zeros((PARTS, BLOCK), tl.float32)
+    offset_PI = part_P.to(tl.int64)[:, None] * size + i_I[None, :]
+    for part in range(0, parts, PARTS):
+        mask_PI = (part + part_P < parts)[:, None] & (i_I < size)[None, :]
+        total_PI += tl.load(partial_ptr + offset_PI, mask=mask_PI, other=0.0)
+        partial_ptr += size.to(tl.int64) * PARTS
+    total_I = tl.sum(total_PI, axis=0)
+    tl.store(first_ptr + i_I, total_I.to(first_ptr.dtype.element_ty), mask=i_I < split)
+    tl.store(second_ptr + (i_I - split), total_I.to(second_ptr.dtype.element_ty), mask=(i_I >= split) & (i_I < size))
+
+
+def sum_partials(partials: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> None:
+    """Sums partials (parts, size), float32, over the parts; the sum fills `first`, then `second`, both contiguous."""
+    parts, size = partials.shape
+    if size == 0:
+        return
+    with on_device(partials):
+        _sum_partials_kernel[(triton.cdiv(size, _COLUMNS),)](
+            partials,
+            first,
+            first if second is None else second,
+            parts,
+            size,
+            first.numel(),
+            PARTS=_PARTS,
+            BLOCK=_COLUMNS,
+        )
 
 
 @triton.jit
@@ -28,45 +64,6 @@ def _sum_parts(partial_ptr, size, parts, i_I, mask_I, AHEAD: tl.constexpr):
         total_I += tl.load(partial_ptr + i_I, mask=mask_I, other=0.0)
         partial_ptr += size
     return total_I
-
-
-@triton.jit(do_not_specialize=["parts", "size", "split"])
-def _sum_partials_kernel(
-    partial_ptr,
-    first_ptr,
-    second_ptr,
-    parts,
-    size,
-    split,
-    ALIGNMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
-):
-    size = size.to(tl.int64) * ALIGNMENT
-    i_I = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total_I = _sum_parts(partial_ptr, size, parts, i_I, i_I < size, AHEAD)
-    tl.store(first_ptr + i_I, total_I.to(first_ptr.dtype.element_ty), mask=i_I < split)
-    tl.store(second_ptr + (i_I - split), total_I.to(second_ptr.dtype.element_ty), mask=(i_I >= split) & (i_I < size))
-
-
-def sum_partials(partials: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> None:
-    """Sums partials (parts, size), float32, over the parts; the sum fills `first`, then `second`, both contiguous."""
-    parts, size = partials.shape
-    if size == 0:
-        return
-    alignment = _ALIGNMENT if size % _ALIGNMENT == 0 else 1
-    with on_device(partials):
-        _sum_partials_kernel[(triton.cdiv(size, _BLOCK),)](
-            partials,
-            first,
-            first if second is None else second,
-            parts,
-            size // alignment,
-            first.numel(),
-            ALIGNMENT=alignment,
-            BLOCK=_BLOCK,
-            AHEAD=_AHEAD,
-        )
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "chunks", "row_programs"])
