@@ -27,6 +27,9 @@ _RANK_BLOCK = 16
 # Pairs of channels that a program has.
 _PAIRS = 32
 _WARPS = 8
+# Of a tile of tokens, where registers allow: there is more than one program for each processor, and so they run side
+# by side.
+_TILE_WARPS = 4
 
 
 @triton.jit
@@ -296,14 +299,16 @@ def _block_sizes(batch: int, hidden: int, filter_size: int, kernel_size: int, he
     """Few classes of batch sizes, so that a new one rarely compiles a kernel."""
     # Half as many pairs where a block then stays within a head.
     pairs = _PAIRS if head_half % _PAIRS == 0 or head_half % (_PAIRS // 2) else _PAIRS // 2
+    if batch > 1 and filter_size == 2:
+        warps = _TILE_WARPS if kernel_size <= 4 else _WARPS
+        return {"BI": 16, "BJ": pairs, "PARTS": warps, "BK": 64, "STAGES": 3, "num_warps": warps}
+    if batch > 1:
+        pairs = pairs if kernel_size <= 4 else _PAIRS // 2
+        return {"BI": 16, "BJ": pairs, "PARTS": _WARPS, "BK": 16, "STAGES": 3, "num_warps": _WARPS}
     sizes = {"BJ": pairs, "STAGES": 3, "num_warps": _WARPS}
     if torch.version.hip is None:
         # Left alone, the compiler saves registers, which nobody else wants, and asks for some when others have come.
         sizes["maxnreg"] = 248
-    if batch > 1 and filter_size == 2:
-        return {"BI": 16, "PARTS": _WARPS, "BK": 64, **sizes}
-    if batch > 1:
-        return {"BI": 16, "PARTS": _WARPS, "BK": 16, **sizes, "BJ": pairs if kernel_size <= 4 else _PAIRS // 2}
     # 16 bytes for each thread, and as many parts together as registers hold.
     columns = _WARPS * 32 * 16 // (_RANK_BLOCK * filter_size)
     parts = min(16 if kernel_size <= 4 else 8, triton.next_power_of_2(triton.cdiv(hidden, columns)))

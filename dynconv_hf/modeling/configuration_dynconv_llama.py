@@ -44,7 +44,8 @@ class DynConvLlamaConfig(LlamaConfig):
             as the Llama it extends.
         conv_recompute (`bool`, defaults to `False`):
             Trade time for memory in training: what the convolutions read is not kept for the backward pass but made
-            again from the input of the linear layer. Takes effect where no cache is used (`use_cache=False`).
+            again from the input of the linear layer. In training mode no cache is made then, and with a cache given
+            nothing is made again.
         conv_fused (`bool`, defaults to `True`):
             Make the filters after Q, K and V (gate and up) in one product, and with `conv_mode="lowrank"` convolve
             and rotate them in one call of the kernels. `False` calls every convolution by itself, and transformers'

@@ -32,6 +32,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.utils import logging
 
 from ..kernels import Rotary
 from ..model_card import keep_users_card, prepare_card_for_push, write_model_card
@@ -50,6 +51,8 @@ __all__ = [
     "DynConvLlamaModel",
     "DynConvLlamaPreTrainedModel",
 ]
+
+logger = logging.get_logger(__name__)
 
 register_parallel_styles()
 
@@ -306,6 +309,10 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
         Raises:
             ValueError: `past_key_values` has no place for the states of the convolutions.
         """
+        if self.config.conv_recompute and self.training and torch.is_grad_enabled() and past_key_values is None:
+            if use_cache:
+                logger.warning_once("A cache is incompatible with conv_recompute=True. Setting `use_cache=False`.")
+            use_cache = False
         attention_mask, padding_mask = _split_masks(attention_mask)
         if past_key_values is not None:
             self._check_cache(past_key_values)

@@ -94,12 +94,16 @@ class Group:
             assert torch.equal(dx, one[0])
             # A sum over channels, which RoPE has in another order.
             torch.testing.assert_close(dcoefficients[:, :, i], one[1])
-            assert (dstates[i] is None and one[4] is None) or torch.equal(dstates[i], one[4])
+            if dstates[i] is None:
+                assert one[4] is None
+            else:
+                torch.testing.assert_close(dstates[i], one[4])
 
     def check(self):
         got = self.run()
-        # Each rounding to bfloat16 adds 1.7e-3 in quadrature; RoPE rounds twice more.
-        limit = 3e-3 if self.rotary is None and self.bases[0].dtype == torch.bfloat16 else 4.1e-3
+        # Each rounding to bfloat16 adds 1.7e-3 in quadrature, more where few tokens are summed; RoPE adds two.
+        as_usual = self.rotary is None and self.bases[0].dtype == torch.bfloat16 and self.xs[0].shape[1] >= 64
+        limit = 3e-3 if as_usual else 4.1e-3
         for i, channels in enumerate(self.channels):
             inputs = (self.xs[i], self.coefficients[:, :, i], self.bases[i], self.statics[i], self.states[i])
             leaves = [None if a is None else a.double().requires_grad_() for a in inputs]

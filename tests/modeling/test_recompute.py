@@ -104,3 +104,14 @@ def test_without_gradients_or_with_a_cache_nothing_is_made_again():
 def test_layers_without_convolutions_are_not_made_again():
     model = small_model(conv_recompute=True, conv_layers=[1]).train()
     assert count_linear_calls(model, random_ids(2, 12)) == 1
+
+
+def test_no_cache_in_training():
+    """Or everything would be kept after all: a model makes a cache where nobody says otherwise."""
+    model = small_model(conv_recompute=True)
+    ids = random_ids(2, 12)
+    assert model.train()(ids).past_key_values is None
+    assert model(ids, use_cache=True).past_key_values is None
+    with torch.no_grad():
+        assert model(ids).past_key_values is not None
+    assert model.eval()(ids).past_key_values is not None
