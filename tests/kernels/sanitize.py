@@ -16,11 +16,14 @@ from dataclasses import replace
 import torch
 
 from dynconv_hf.kernels import (
+    Rotary,
     describe_implementation,
     headwise_dynamic_conv1d_update,
+    lowrank_dynamic_conv1d_group,
     lowrank_dynamic_conv1d_update,
     static_conv1d_update,
 )
+from dynconv_hf.kernels.decode_ops import decode_step as decode
 from tests.kernels.cases import Case, run
 
 UPDATES = {
@@ -64,6 +67,38 @@ def decode_step(case: Case) -> None:
     UPDATES[case.mode](**one, **same, state=inputs["initial_state"])
 
 
+def group(case: Case) -> None:
+    """Queries, keys and values, the first two with RoPE: forward, backward, and a decode step."""
+    inputs, gradient = case.inputs(), case.output_gradient()
+    static_filter, state = inputs.get("static_filter"), inputs.get("initial_state")
+    cos, sin = torch.rand(2, 1, case.tokens, 64, device=gradient.device).to(gradient.dtype)
+    ys = lowrank_dynamic_conv1d_group(
+        [inputs["x"]] * 3,
+        inputs["coefficients"].unsqueeze(2).expand(-1, -1, 3, -1),
+        [inputs["basis"]] * 3,
+        static_filters=None if static_filter is None else [static_filter] * 3,
+        positions=case.token_positions(),
+        initial_states=None if state is None else [state] * 3,
+        rotary=Rotary(cos, sin, 64, (True, True, False)),
+    )
+    torch.autograd.backward(ys, [gradient] * 3)
+    one = {name: inputs[name].detach() for name in ("basis", "static_filter")}
+    decode(
+        torch.randn(case.batch, 1, 100, device=gradient.device, dtype=gradient.dtype),
+        [torch.randn_like(gradient[:, :1])] * 3,
+        [torch.randn(case.rank, 100, device=gradient.device, dtype=gradient.dtype)] * 3,
+        [one["basis"]] * 3,
+        [one["static_filter"]] * 3,
+        [gradient.new_zeros(case.batch, case.channels, case.kernel_size - 1) for _ in range(3)],
+        None,
+        cos[:, :1].contiguous(),
+        sin[:, :1].contiguous(),
+        64,
+        [True, True, False],
+        True,
+    )
+
+
 def forward_and_backward(case: Case) -> None:
     run(case, case.inputs(), case.output_gradient(), "triton")
 
@@ -83,6 +118,9 @@ def implementation(case: Case) -> str:
 def runs() -> Iterator[tuple[str, Callable[[Case], None], Case]]:
     for name, case in cases():
         yield name, forward_and_backward, case
+    for size, case in (("wide", WIDE), ("chunks", replace(WIDE, batch=1, tokens=1500))):
+        yield f"group {size}", group, case
+        yield f"group {size} masked", group, replace(case, **MASKED)
     for mode in UPDATES:
         for size, case in (("float32", GENERAL), ("wide", WIDE)):
             yield f"{mode} {size} decode", decode_step, replace(case, mode=mode)
