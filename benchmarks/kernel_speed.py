@@ -26,7 +26,7 @@ import torch._functorch.config
 import triton
 from torch.profiler import ProfilerActivity, profile
 
-from dynconv_hf.kernels import direct, lowrank, lowrank_gluon, reference
+from dynconv_hf.kernels import Rotary, direct, lowrank, lowrank_gluon, lowrank_one_by_one, reference
 
 WARM_UP, RUNS = 3, 15
 
@@ -137,10 +137,45 @@ def rows_of(mode: str, head_size: int | None, args: argparse.Namespace, flush: t
     ]
 
 
+def group_rows(head_dim: int, args: argparse.Namespace, flush: torch.Tensor) -> list[dict]:
+    """Queries, keys and values, the first two with RoPE: in one launch, and one by one with RoPE in eager PyTorch."""
+    dtype = getattr(torch, args.dtype)
+    b, t, d = args.batch, args.tokens, args.channels
+    xs, dys = random(3, b, t, d, dtype=dtype).unbind(), random(3, b, t, d, dtype=dtype).unbind()
+    # As the model makes them: one product, each tensor's columns padded to a multiple of 16.
+    coefficients = random(b, t, 3, -(-args.rank // 16) * 16, dtype=dtype, scale=0.3)[..., : args.rank]
+    bases = random(3, args.rank, args.kernel_size, d, dtype=dtype, scale=0.3).unbind()
+    statics = random(3, args.kernel_size, d, dtype=dtype, scale=0.3).unbind()
+    rotary = Rotary(*random(2, 1, t, head_dim, dtype=dtype).unbind(), head_dim, (True, True, False))
+    inputs = (xs, coefficients, bases, statics, True, None, [None] * 3, rotary)
+    x, dy = torch.cat(xs, -1), torch.cat(dys, -1)
+    out = torch.empty_like(x)
+    floors = {
+        "forward": device_time(lambda: out.copy_(x), flush),
+        "backward": device_time(lambda: torch.add(x, dy, out=out), flush),
+    }
+    return [
+        {
+            "mode": "lowrank, Q K V, RoPE",
+            "head_size": head_dim,
+            "direction": direction,
+            "implementation": name,
+            "us": (us := device_time(partial(run, *arguments), flush)),
+            "floor_us": floors[direction],
+            "ratio": us / floors[direction],
+        }
+        for name, kernels in (("gluon", lowrank_gluon), ("gluon, one by one", lowrank_one_by_one))
+        for direction, run, arguments in (
+            ("forward", kernels.forward_group, inputs),
+            ("backward", kernels.backward_group, (dys, *inputs)),
+        )
+    ]
+
+
 def compare_with_fla(rows: list[dict]) -> None:
     static = {r["direction"]: r["us"] for r in rows if r["implementation"] == "fla"}
     for row in rows:
-        if static and row["implementation"] in ("gluon", "triton"):
+        if static and row["implementation"] in ("gluon", "triton") and "Q K V" not in row["mode"]:
             size = "" if row["head_size"] is None else f" P={row['head_size']}"
             ratio = row["us"] / static[row["direction"]]
             print(f"{row['mode']}{size} {row['direction']} {row['implementation']} / fla: {ratio:.2f}")
@@ -155,6 +190,7 @@ def main() -> None:
     parser.add_argument("--kernel-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=15)
     parser.add_argument("--head-sizes", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--head-dims", type=int, nargs="*", default=[64, 128], help="of the heads that RoPE turns")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument(
         "--ours-only", action="store_true", help="leave out the formula, eager and compiled, and fla-core"
@@ -162,13 +198,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    measurements = [
+        *(partial(group_rows, head_dim) for head_dim in args.head_dims),
+        partial(rows_of, "lowrank", None),
+        partial(rows_of, "static", None),
+        *(partial(rows_of, "headwise", head_size) for head_size in args.head_sizes),
+    ]
     rows = []
-    for mode, head_size in [("lowrank", None), ("static", None), *(("headwise", p) for p in args.head_sizes)]:
-        for row in rows_of(mode, head_size, args, flush):
+    for measurement in measurements:
+        for row in measurement(args, flush):
             rows.append(row)
-            size = "" if head_size is None else f" P={head_size}"
+            size = "" if row["head_size"] is None else f" P={row['head_size']}"
             print(
-                f"{mode}{size} {row['direction']} {row['implementation']}: {row['us']:.1f} us, "
+                f"{row['mode']}{size} {row['direction']} {row['implementation']}: {row['us']:.1f} us, "
                 f"{row['ratio']:.2f} x {row['floor_us']:.1f}",
                 flush=True,
             )
