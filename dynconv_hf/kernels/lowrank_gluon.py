@@ -302,6 +302,8 @@ def backward_group(
                 T=tokens,
                 BLOCK=block,
                 num_warps=FORWARD_WARPS,
+                # Contraction would skip the roundings of RoPE.
+                enable_fp_fusion=False,
             )
     return dxs, dcoefficients, dbases, dstatics, dstates
 

@@ -207,7 +207,8 @@ def lowrank_state_gradient_kernel(
                 partner = channel + tl.where(second, -(HEAD_DIM // 2), HEAD_DIM // 2)
                 turned = tl.load(source + partner, mask=mask, other=0.0) * tl.where(second, -sin, sin)
                 # Rounded as in `lowrank_gluon_rotary`.
-                dy = tl.where(rotated, ((dy * cos).to(dy.dtype) + turned.to(dy.dtype)).to(dy.dtype), dy)
+                kept = (dy * cos).to(dy.dtype).to(tl.float32)
+                dy = tl.where(rotated, (kept + turned.to(dy.dtype).to(tl.float32)).to(dy.dtype), dy)
             total += filter * dy.to(tl.float32)
         dstate_ptr = _chosen(dstate_ptrs, member)
         pointers = dstate_ptr + batch * (3 * D) + row * D + channel

@@ -97,7 +97,8 @@ class Group:
             if dstates[i] is None:
                 assert one[4] is None
             else:
-                torch.testing.assert_close(dstates[i], one[4])
+                # A sum that may cancel: the last bit of one term is more than that of the sum.
+                assert (dstates[i] - one[4]).float().norm() <= 4e-3 * one[4].float().norm()
 
     def check(self):
         got = self.run()
