@@ -101,6 +101,22 @@ def measure(model: LlamaForCausalLM, way: str, args: argparse.Namespace, batch: 
     return row
 
 
+def write_report(rows: list[dict[str, Any]], sizes: dict[str, Any], args: argparse.Namespace) -> None:
+    """After every model: a run that is cut short keeps what it has measured."""
+    report = {
+        "command": shlex.join(["python", *sys.argv]),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "sizes": sizes,
+        "shape": {"prompt": args.prompt, "new_tokens": args.new_tokens},
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("decoding.json"))
@@ -131,22 +147,11 @@ def main() -> None:
                     f"{first['model']}), kernels {row['device_ms']:.3f} ms ({row['device_ratio']:.3f})",
                     flush=True,
                 )
+                write_report(rows, sizes, args)
                 del model
                 gc.collect()
                 torch.compiler.reset()
                 torch.cuda.empty_cache()
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "sizes": sizes,
-        "shape": {"prompt": args.prompt, "new_tokens": args.new_tokens},
-        "rows": rows,
-    }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def main() -> None:
     source = Path(sys.argv[1])
     target = Path(sys.argv[2]) if len(sys.argv) == 3 else source.with_suffix(".png")
     report = json.loads(source.read_text())
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(17, 6), sharey=True, layout="constrained")
     for axis, direction in zip(axes, ("forward", "backward"), strict=True):
         rows = [row for row in report["rows"] if row["direction"] == direction]
         groups = list(dict.fromkeys((row["mode"], row["head_size"]) for row in rows))
@@ -28,11 +28,12 @@ def main() -> None:
                 width,
                 label=name,
             )
-            axis.bar_label(bars, fmt="%.2f", fontsize=7)
-        labels = [mode if size is None else f"{mode}\n{size} channels" for mode, size in groups]
+            axis.bar_label(bars, fmt="%.2f", fontsize=6, rotation=90, padding=2)
+        labels = [mode.replace(", ", "\n") + ("" if size is None else f"\n{size} channels") for mode, size in groups]
         axis.set_xticks([g + 0.4 - width / 2 for g in range(len(groups))], labels, fontsize=8)
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_yscale("log")
+        axis.margins(y=0.12)
         axis.set_title(f"{direction}: time / moving the same bytes")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))

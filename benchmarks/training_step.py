@@ -94,6 +94,22 @@ def print_kernels(step: Callable[[], None]) -> None:
     print(profiled.key_averages().table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=90))
 
 
+def write_report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """After every model: a run that is cut short keeps what it has measured."""
+    report = {
+        "command": shlex.join(["python", *sys.argv]),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "sizes": SIZES | {"num_key_value_heads": args.key_value_heads},
+        "shape": {"batch": args.batch, "tokens": args.tokens, "compile": args.compile},
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("training_step.json"))
@@ -117,21 +133,10 @@ def main() -> None:
             f"{row['peak_gib']:.2f} GiB (+{row['peak_gib'] - first['peak_gib']:.2f})",
             flush=True,
         )
+        write_report(rows, args)
         gc.collect()
         torch.compiler.reset()
         torch.cuda.empty_cache()
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "sizes": SIZES | {"num_key_value_heads": args.key_value_heads},
-        "shape": {"batch": args.batch, "tokens": args.tokens, "compile": args.compile},
-        "rows": rows,
-    }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
