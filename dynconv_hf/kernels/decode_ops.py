@@ -3,6 +3,7 @@
 Importing this module does not import Triton: the kernel is loaded when the operator first runs.
 """
 
+import inspect
 import re
 
 import torch
@@ -16,7 +17,13 @@ MAX_GROUP = 3
 _NAMESPACE = re.sub(r"\W", "_", __package__)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::decode_step", mutates_args=("states",))
+# Any strides will do. Where they are laid down, torch.compile copies what is not in memory yet, as cos and sin, anew
+# for every layer. Older PyTorch has no tags to say so with.
+_HAS_TAGS = "tags" in inspect.signature(torch.library.custom_op).parameters
+_OPTIONS = {"tags": (torch.Tag.flexible_layout,)} if _HAS_TAGS else {}
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::decode_step", mutates_args=("states",), **_OPTIONS)
 def decode_step(
     hidden_states: torch.Tensor,
     xs: list[torch.Tensor],

@@ -1,10 +1,12 @@
 """Decoding with one launch for a token's convolutions: the same tokens, the same cache, and only where it serves."""
 
 import os
+import re
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from transformers import DynamicCache, StaticCache
 
 from dynconv_hf import DynConvLlamaConfig, DynConvLlamaForCausalLM
@@ -208,3 +210,19 @@ def test_compiled(steps):
         expected = [model(token, past_key_values=plain_cache).logits for token in tokens[:, 7:].split(1, dim=1)]
     assert steps
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_layers_share_positions_and_angles(steps):
+    """Once they were copied for each layer: a launch of its own, between launches of a few microseconds."""
+    torch.compiler.reset()
+    model = small_model()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    tokens = ids(2, 8)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        model(tokens[:, :7], past_key_values=cache)
+        compiled = torch.compile(model, fullgraph=True)
+        _, (code, *_) = run_and_get_code(compiled, tokens[:, 7:], past_key_values=cache)
+    # positions, cos, sin, head_dim: what stands between the list of states and the list of flags.
+    shared = re.findall(r"decode_step\.default\(.*\], (\w+, \w+, \w+, \d+), \[", code)
+    assert len(shared) == LAYERS
+    assert len(set(shared)) == 1
