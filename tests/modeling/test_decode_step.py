@@ -15,6 +15,7 @@ from dynconv_hf.modeling import decode_step as fused
 from .models import move_convs, random_ids
 from .test_config import SMALL
 
+pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs a GPU or Triton's interpreter",
