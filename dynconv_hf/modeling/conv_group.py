@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels import Rotary, lowrank_dynamic_conv1d_group
-from .dynamic_conv import DynamicShortConv, FilterProjection, has_plain_parameters, stack_rows
+from .dynamic_conv import DynamicShortConv, FilterProjection, has_plain_parameters, padded_rows, stack_rows
 
 __all__ = ["can_bypass_calls", "can_group", "convolve_group", "rotary_of_group"]
 
@@ -63,7 +63,7 @@ def convolve_group(
             rotary=rotary,
         )
     # `split`, because the backward of slices would add up tensors that are zero nearly everywhere.
-    parts = product.split([stack_rows([weight]).shape[0] for weight in weights], dim=-1)
+    parts = product.split([padded_rows(weight) for weight in weights], dim=-1)
     return [
         conv.convolve(x, part[..., : weight.shape[0]], positions=positions, initial_state=state)
         for conv, x, part, weight, state in zip(convs, xs, parts, weights, initial_states, strict=True)

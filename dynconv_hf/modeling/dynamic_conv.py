@@ -10,7 +10,7 @@ from torch import nn
 
 from ..kernels import MAX_KERNEL_SIZE, headwise_dynamic_conv1d, lowrank_dynamic_conv1d, static_conv1d
 
-__all__ = ["DynamicShortConv", "FilterProjection", "has_plain_parameters", "stack_rows"]
+__all__ = ["DynamicShortConv", "FilterProjection", "has_plain_parameters", "padded_rows", "stack_rows"]
 
 # cuBLAS is slow where rows of its result do not begin at a multiple of 16 bytes.
 ROWS = 16
@@ -163,14 +163,20 @@ class DynamicShortConv(nn.Module):
         return f"{self.channels}, mode={self.mode!r}, kernel_size={self.kernel_size}, residual={self.residual}"
 
 
+def padded_rows(weight: torch.Tensor) -> int:
+    """The rows of a matrix, filled up to a multiple of 16."""
+    return -(-weight.shape[0] // ROWS) * ROWS
+
+
 def stack_rows(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Matrices (rows, N) above each other, each filled up with rows of zeros to a multiple of 16."""
+    """Matrices (rows, N) above each other, each filled up with rows of zeros to `padded_rows`."""
     zeros = weights[0].new_zeros(ROWS, weights[0].shape[1])
     pieces = []
     for weight in weights:
         pieces.append(weight)
-        if weight.shape[0] % ROWS:
-            pieces.append(zeros[: -weight.shape[0] % ROWS])
+        missing = padded_rows(weight) - weight.shape[0]
+        if missing:
+            pieces.append(zeros[:missing])
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
