@@ -40,7 +40,6 @@ __all__ = [
     "covers_group",
     "forward",
     "forward_group",
-    "plan_backward",
     "plan_backward_group",
 ]
 
@@ -306,11 +305,6 @@ def backward_group(
                 enable_fp_fusion=False,
             )
     return dxs, dcoefficients, dbases, dstatics, dstates
-
-
-def plan_backward(batch: int, tokens: int, channels: int, device_index: int) -> Plan:
-    """The division of work for a single tensor on one device."""
-    return plan_backward_group(batch, tokens, (channels,), 0, device_index)
 
 
 @functools.lru_cache(maxsize=1024)
