@@ -137,10 +137,12 @@ def test_the_fastest_kernels_run_on_a_gpu_without_the_package(tmp_path):
     torch.manual_seed(0)
     # Wide enough for them.
     sizes = {"hidden_size": 256, "intermediate_size": 512, "conv_mode": "lowrank", "conv_targets": "all-linear"}
-    model = move_convs(DynConvLlamaForCausalLM(DynConvLlamaConfig(**{**SMALL, **sizes}))).bfloat16().eval()
+    model = move_convs(DynConvLlamaForCausalLM(DynConvLlamaConfig(**{**SMALL, **sizes}))).bfloat16()
     model.save_pretrained(tmp_path / "model")
+    # Loaded here, too: `bfloat16()` has rounded RoPE's frequencies, which a loaded model makes in float32.
+    model = DynConvLlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").cuda().eval()
     ids = random_ids(2, 50)
-    model.cuda()(ids.cuda(), labels=ids.cuda()).loss.backward()
+    model(ids.cuda(), labels=ids.cuda()).loss.backward()
     gradient = model.model.layers[0].self_attn.q_conv.basis.grad
     with torch.no_grad():
         torch.save((ids, model(ids.cuda()).logits, gradient), tmp_path / "expected.pt")

@@ -23,6 +23,18 @@ def batch():
     return {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
 
 
+@pytest.fixture
+def repeatable_attention():
+    """cuDNN's attention adds up the gradient of the queries in another order each time, flash attention may."""
+    backends = torch.backends.cuda
+    enabled = {name: getattr(backends, f"{name}_sdp_enabled")() for name in ("flash", "cudnn", "mem_efficient")}
+    for name in enabled:
+        getattr(backends, f"enable_{name}_sdp")(False)
+    yield
+    for name, was_enabled in enabled.items():
+        getattr(backends, f"enable_{name}_sdp")(was_enabled)
+
+
 def gradients_of(model, run=None):
     model.zero_grad()
     outputs = (model if run is None else run)(**batch())
@@ -52,9 +64,12 @@ def results(request):
 
 def test_together_as_one_by_one(results):
     model, plain, exact = results
-    found = gradients_of(model)
-    assert_as_exact(found, plain, exact)
-    again = gradients_of(model)
+    assert_as_exact(gradients_of(model), plain, exact)
+
+
+def test_same_bits_every_time(results, repeatable_attention):
+    model, _, _ = results
+    found, again = gradients_of(model), gradients_of(model)
     assert all(torch.equal(again[name], found[name]) for name in found)
 
 
@@ -64,21 +79,25 @@ def test_compiled(results):
     assert_as_exact(gradients_of(model, torch.compile(model, fullgraph=True)), plain, exact)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_recompute(results, compiled):
-    torch.compiler.reset()
-    model, plain, exact = results
+def test_recompute(results, repeatable_attention):
+    model, _, _ = results
     expected = gradients_of(model)
     model.config.conv_recompute = True
-    found = gradients_of(model, torch.compile(model, fullgraph=True) if compiled else None)
+    found = gradients_of(model)
     model.config.conv_recompute = False
-    if compiled:
-        assert_as_exact(found, plain, exact)
-    else:
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_gradient_checkpointing(results):
+def test_recompute_compiled(results):
+    torch.compiler.reset()
+    model, plain, exact = results
+    model.config.conv_recompute = True
+    found = gradients_of(model, torch.compile(model, fullgraph=True))
+    model.config.conv_recompute = False
+    assert_as_exact(found, plain, exact)
+
+
+def test_gradient_checkpointing(results, repeatable_attention):
     model, _, _ = results
     expected = gradients_of(model)
     model.train()
@@ -163,7 +182,9 @@ def test_training_step_in_a_cuda_graph():
     graph.replay()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     step()
-    assert all(torch.equal(parameter.grad, found[name]) for name, parameter in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        # Attention does not give the same bits, and what would make it repeat them gives others within a graph.
+        assert (found[name] - parameter.grad).norm() <= 1e-2 * parameter.grad.norm(), name
 
 
 @pytest.fixture
