@@ -68,7 +68,7 @@ def _one_token_coefficients(
 def _tile_coefficients(
     h_ptr,
     f_ptr,
-    b_I,
+    i_I,
     keep_I,
     r_R,
     RANK: tl.constexpr,
@@ -80,7 +80,7 @@ def _tile_coefficients(
 ):
     """z (I, R), float32: a matrix product for each part, so that each warp has its own, summed at the end."""
     n_N, k_K = tl.arange(0, PARTS), tl.arange(0, BK)
-    z_NIR = tl.zeros((PARTS, b_I.shape[0], r_R.shape[0]), tl.float32)
+    z_NIR = tl.zeros((PARTS, i_I.shape[0], r_R.shape[0]), tl.float32)
     for start in tl.range(0, HIDDEN, PARTS * BK, num_stages=STAGES):
         column_NK = start + n_N[:, None] * BK + k_K[None, :]
         keep_NRK, keep_NIK = (r_R < RANK)[None, :, None], keep_I[None, :, None]
@@ -88,7 +88,7 @@ def _tile_coefficients(
             keep_NRK = keep_NRK & (column_NK < HIDDEN)[:, None, :]
             keep_NIK = keep_NIK & (column_NK < HIDDEN)[:, None, :]
         f_NRK = tl.load(f_ptr + (r_R[None, :, None] * HIDDEN + column_NK[:, None, :]), mask=keep_NRK, other=0.0)
-        h_NIK = tl.load(h_ptr + (b_I[None, :, None] * HIDDEN + column_NK[:, None, :]), mask=keep_NIK, other=0.0)
+        h_NIK = tl.load(h_ptr + (i_I[None, :, None] * HIDDEN + column_NK[:, None, :]), mask=keep_NIK, other=0.0)
         h_NIK = h_NIK.to(f_ptr.dtype.element_ty).to(DOT)
         z_NIR = tl.dot(h_NIK, tl.permute(f_NRK, 0, 2, 1).to(DOT), z_NIR, input_precision="ieee")
     return tl.sum(z_NIR, 0)
@@ -119,6 +119,19 @@ def _channels(block, c_C, BJ: tl.constexpr, HEAD_HALF: tl.constexpr, ROTARY_HALF
 @triton.jit
 def _halves(x_IC, BJ: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(x_IC, (x_IC.shape[0], 2, BJ)), 0, 2, 1))
+
+
+@triton.jit
+def _history(x_IC, states, keep_E):
+    """What tap w sees, for each w.
+
+    Zeros are put in here and not by the loads: a tile that is ready changes its layout where it was loaded, and the
+    program would wait for it there, before it has asked for the rest.
+    """
+    history = (x_IC,)
+    for w in tl.static_range(len(states)):
+        history += (tl.reshape(tl.where(keep_E, states[w], 0.0), x_IC.shape),)
+    return history
 
 
 @triton.jit
@@ -198,28 +211,32 @@ def _decode_kernel(
     block = program - tl.where(in_first, 0, tl.where(in_second, first_end, second_end))
 
     d_C = _channels(block, tl.arange(0, 2 * BJ), BJ, HEAD_HALF, ROTARY_HALF)
-    row_I = tl.program_id(1) * BI + tl.arange(0, BI)
-    b_I = row_I.to(tl.int64)
+    # In 64 bits as far as the tile, in 32 within it.
+    b = tl.program_id(1).to(tl.int64) * BI
+    x_ptr += b * D
+    y_ptr += b * D
+    state_ptr += b * D * (W - 1)
+    h_ptr += b * HIDDEN
+    i_I, tokens = tl.arange(0, BI), (B - b).to(tl.int32)
     # A mask that is known to be full costs nothing.
-    keep_I = tl.full((BI,), True, tl.int1) if BI == 1 else row_I < B
+    keep_I = tl.full((BI,), True, tl.int1) if BI == 1 else i_I < tokens
     keep_C = tl.full((2 * BJ,), True, tl.int1) if WHOLE_BLOCKS else d_C < D
     keep_IC = keep_I[:, None] & keep_C[None, :]
 
     # Everything is asked for before anything is waited for.
-    x_IC = tl.load(x_ptr + (b_I[:, None] * D + d_C[None, :]), mask=keep_IC, other=0.0)
+    x_IC = tl.load(x_ptr + (i_I[:, None] * D + d_C[None, :]), mask=keep_IC, other=0.0)
     # In one dimension: of two without a contiguous one, Triton may let neighbouring threads read different sequences.
     e_E = tl.arange(0, BI * 2 * BJ)
     d_E = _channels(block, e_E % (2 * BJ), BJ, HEAD_HALF, ROTARY_HALF)
-    b_E = (tl.program_id(1) * BI + e_E // (2 * BJ)).to(tl.int64)
-    keep_E = tl.full((BI * 2 * BJ,), True, tl.int1) if BI == 1 else b_E < B
+    i_E = e_E // (2 * BJ)
+    keep_E = tl.full((BI * 2 * BJ,), True, tl.int1) if BI == 1 else i_E < tokens
     keep_E = keep_E if WHOLE_BLOCKS else keep_E & (d_E < D)
-    state_E_ptr = state_ptr + (b_E * D + d_E) * (W - 1)
-    history = (x_IC,)
+    state_E_ptr = state_ptr + (i_E * D + d_E) * (W - 1)
+    states = ()
     for w in tl.static_range(1, W):
-        state_E = tl.load(state_E_ptr + (W - 1 - w), mask=keep_E, other=0.0)
-        history += (tl.reshape(state_E, (BI, 2 * BJ)),)
+        states += (tl.load(state_E_ptr + (W - 1 - w), mask=keep_E),)
     if HAS_POSITIONS:
-        position_I = tl.load(positions_ptr + b_I * positions_stride, mask=keep_I, other=-1)
+        position_I = tl.load(positions_ptr + (b + i_I) * positions_stride, mask=keep_I, other=-1)
     else:
         position_I = tl.full((BI,), W, tl.int32)
     if HAS_STATIC:
@@ -230,11 +247,12 @@ def _decode_kernel(
         rotates = tl.where(in_first, ROTATED & 1, tl.where(in_second, ROTATED & 2, ROTATED & 4))
         j_J = (block * BJ + tl.arange(0, BJ)) % HEAD_HALF
         turns_IJ = keep_I[:, None] & (j_J < tl.where(rotates > 0, ROTARY_HALF, 0))[None, :]
-        rope_IJ = b_I[:, None] * rope_stride + j_J[None, :]
-        cos_left_IJ = tl.load(cos_ptr + rope_IJ, mask=turns_IJ, other=0.0)
-        sin_left_IJ = tl.load(sin_ptr + rope_IJ, mask=turns_IJ, other=0.0)
-        cos_right_IJ = tl.load(cos_ptr + rope_IJ + ROTARY_HALF, mask=turns_IJ, other=0.0)
-        sin_right_IJ = tl.load(sin_ptr + rope_IJ + ROTARY_HALF, mask=turns_IJ, other=0.0)
+        cos_ptr += b * rope_stride
+        sin_ptr += b * rope_stride
+        rope_IJ = i_I[:, None] * rope_stride + j_J[None, :]
+        # The second halves repeat the first.
+        cos_IJ = tl.load(cos_ptr + rope_IJ, mask=turns_IJ, other=0.0)
+        sin_IJ = tl.load(sin_ptr + rope_IJ, mask=turns_IJ, other=0.0)
 
     y_IC = tl.zeros((BI, 2 * BJ), tl.float32)
     for r in tl.range(0, RANK, BR, num_stages=1, loop_unroll_factor=1):
@@ -242,27 +260,33 @@ def _decode_kernel(
         bases = ()
         for w in tl.static_range(W):
             u_ptr_RC = u_ptr + ((r_R * W + w) * D)[:, None] + d_C[None, :]
-            bases += (tl.load(u_ptr_RC, mask=(r_R < RANK)[:, None] & keep_C[None, :], other=0.0),)
+            bases += (tl.load(u_ptr_RC, mask=(r_R < RANK)[:, None] & keep_C[None, :]),)
         if BI == 1:
-            z_R = _one_token_coefficients(
-                h_ptr + tl.program_id(1).to(tl.int64) * HIDDEN, f_ptr, r_R, RANK, HIDDEN, PARTS, BK
-            )
+            z_R = _one_token_coefficients(h_ptr, f_ptr, r_R, RANK, HIDDEN, PARTS, BK)
             z_R = z_R.to(f_ptr.dtype.element_ty).to(tl.float32)
+            history = _history(x_IC, states, keep_E)
             # Taps before ranks: what is summed over taps waits for no coefficients.
             tapped_RC = tl.zeros((BR, 2 * BJ), tl.float32)
             for w in tl.static_range(W):
                 history_RC = tl.broadcast_to(history[w].to(tl.float32), tapped_RC.shape)
-                term_RC = tl.fma(bases[w].to(tl.float32), history_RC, tapped_RC)
+                u_RC = tl.where((r_R < RANK)[:, None] & keep_C[None, :], bases[w], 0.0)
+                term_RC = tl.fma(u_RC.to(tl.float32), history_RC, tapped_RC)
                 tapped_RC = tl.where((position_I >= w)[:, None], term_RC, tapped_RC)
             y_IC += tl.sum(z_R[:, None] * tapped_RC, 0)[None, :]
         else:
-            z_IR = _tile_coefficients(h_ptr, f_ptr, b_I, keep_I, r_R, RANK, HIDDEN, PARTS, BK, PROJECTION_DOT, STAGES)
+            z_IR = _tile_coefficients(h_ptr, f_ptr, i_I, keep_I, r_R, RANK, HIDDEN, PARTS, BK, PROJECTION_DOT, STAGES)
             z_IR = z_IR.to(f_ptr.dtype.element_ty).to(FILTER_DOT)
+            history = _history(x_IC, states, keep_E)
+            # Masked here for the same reason as in `_history`.
+            operands = ()
             for w in tl.static_range(W):
-                k_IC = tl.dot(z_IR, bases[w].to(FILTER_DOT), input_precision="ieee")
+                operands += (tl.where((r_R < RANK)[:, None] & keep_C[None, :], bases[w], 0.0).to(FILTER_DOT),)
+            for w in tl.static_range(W):
+                k_IC = tl.dot(z_IR, operands[w], input_precision="ieee")
                 term_IC = tl.fma(k_IC, history[w].to(tl.float32), y_IC)
                 # `where`, not a product with the mask: what a token must not see may be inf or nan.
                 y_IC = tl.where((position_I >= w)[:, None], term_IC, y_IC)
+    history = _history(x_IC, states, keep_E)
     if HAS_STATIC:
         for w in tl.static_range(W):
             s_IC = tl.broadcast_to(statics[w].to(tl.float32)[None, :], y_IC.shape)
@@ -273,12 +297,12 @@ def _decode_kernel(
     y_IC = y_IC.to(x_ptr.dtype.element_ty)
     if ROTATED:
         left_IJ, right_IJ = _halves(y_IC, BJ)
-        turned_left_IJ = _turn(left_IJ, -right_IJ.to(tl.float32), cos_left_IJ, sin_left_IJ)
-        turned_right_IJ = _turn(right_IJ, left_IJ.to(tl.float32), cos_right_IJ, sin_right_IJ)
+        turned_left_IJ = _turn(left_IJ, -right_IJ.to(tl.float32), cos_IJ, sin_IJ)
+        turned_right_IJ = _turn(right_IJ, left_IJ.to(tl.float32), cos_IJ, sin_IJ)
         left_IJ = tl.where(turns_IJ, turned_left_IJ, left_IJ)
         right_IJ = tl.where(turns_IJ, turned_right_IJ, right_IJ)
         y_IC = tl.reshape(tl.permute(tl.join(left_IJ, right_IJ), 0, 2, 1), (BI, 2 * BJ))
-    tl.store(y_ptr + (b_I[:, None] * D + d_C[None, :]), y_IC, mask=keep_IC)
+    tl.store(y_ptr + (i_I[:, None] * D + d_C[None, :]), y_IC, mask=keep_IC)
     if W > 1:
         # Every thread has read the old state before any writes the new one.
         tl.debug_barrier()
@@ -301,7 +325,7 @@ def _block_sizes(batch: int, hidden: int, filter_size: int, kernel_size: int, he
     pairs = _PAIRS if head_half % _PAIRS == 0 or head_half % (_PAIRS // 2) else _PAIRS // 2
     if batch > 1 and filter_size == 2:
         warps = _TILE_WARPS if kernel_size <= 4 else _WARPS
-        return {"BI": 16, "BJ": pairs, "PARTS": warps, "BK": 64, "STAGES": 3, "num_warps": warps}
+        return {"BI": 16, "BJ": pairs, "PARTS": warps, "BK": 512 // warps, "STAGES": 3, "num_warps": warps}
     if batch > 1:
         pairs = pairs if kernel_size <= 4 else _PAIRS // 2
         return {"BI": 16, "BJ": pairs, "PARTS": _WARPS, "BK": 16, "STAGES": 3, "num_warps": _WARPS}

@@ -49,8 +49,9 @@ def decode_step(
         states: (B, D, W - 1) each, contiguous, of x's dtype: the inputs just before x, oldest first. They are
             shifted in place.
         positions: (B, 1) or (1, 1), integer; tap w counts only where `positions >= w`. None: every tap does.
-        cos, sin: (B, 1, rotary_dim) or (1, 1, rotary_dim), contiguous, of x's dtype, for RoPE after the convolution,
-            which turns the first `rotary_dim` (even) channels of each head; None: no RoPE.
+        cos, sin: (B, 1, rotary_dim) or (1, 1, rotary_dim), contiguous, of x's dtype, the second half repeating the
+            first, for RoPE after the convolution, which turns the first `rotary_dim` (even) channels of each head;
+            None: no RoPE.
         head_dim: the channels of a head, which divide D where RoPE turns the tensor; not read without RoPE.
         rotated: for each tensor, whether RoPE turns it.
         residual: add x to the output.

@@ -50,7 +50,8 @@ class Step:
             rows = b if self.positions == "each" else 1
             positions = torch.randint(-1, w + 1, (rows, 1), generator=generator, dtype=torch.int32).to(self.device)
         if self.rotary_dim is not None:
-            angle = torch.rand(1 if self.one_rope else b, 1, self.rotary_dim, generator=generator) * 6.3
+            angle = torch.rand(1 if self.one_rope else b, 1, self.rotary_dim // 2, generator=generator) * 6.3
+            angle = torch.cat([angle, angle], dim=-1)
             cos, sin = (f(angle).to(self.dtype).to(self.device) for f in (torch.cos, torch.sin))
         return {
             "hidden_states": random(b, 1, self.hidden, dtype=self.dtype),
