@@ -13,6 +13,7 @@ the hidden state, K their elements.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -319,6 +320,7 @@ def _dot_type(*dtypes: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if dtypes[0] == torch.bfloat16 else tl.float16
 
 
+@lru_cache
 def _block_sizes(batch: int, hidden: int, filter_size: int, kernel_size: int, head_half: int) -> dict[str, int]:
     """Few classes of batch sizes, so that a new one rarely compiles a kernel."""
     # Half as many pairs where a block then stays within a head.
@@ -354,7 +356,7 @@ def decode_step(
     residual: bool,
 ) -> list[torch.Tensor]:
     """The group's outputs, each of its x's shape, contiguous; the states are shifted in place. See `decode_ops`."""
-    ys = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
+    ys = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
     hidden = hidden_states.shape[-1]
     batch = hidden_states.numel() // hidden
     if batch == 0:

@@ -3,7 +3,6 @@
 Importing this module does not import Triton: the kernel is loaded when the operator first runs.
 """
 
-import inspect
 import re
 
 import torch
@@ -15,15 +14,15 @@ MAX_GROUP = 3
 
 # As in `ops`: copies of this code must not take the place of each other's operators.
 _NAMESPACE = re.sub(r"\W", "_", __package__)
+_SCHEMA = """decode_step(
+    Tensor hidden_states, Tensor[] xs, Tensor[] filter_weights, Tensor[] bases, Tensor[] static_filters,
+    Tensor(a!)[] states, Tensor? positions, Tensor? cos, Tensor? sin, SymInt head_dim, bool[] rotated, bool residual
+) -> (Tensor, Tensor, Tensor)"""
+# flexible_layout: any strides will do. Where they are laid down, torch.compile copies what is not in memory yet, as
+# cos and sin, anew for every layer.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 
-# Any strides will do. Where they are laid down, torch.compile copies what is not in memory yet, as cos and sin, anew
-# for every layer. Older PyTorch has no tags to say so with.
-_HAS_TAGS = "tags" in inspect.signature(torch.library.custom_op).parameters
-_OPTIONS = {"tags": (torch.Tag.flexible_layout,)} if _HAS_TAGS else {}
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::decode_step", mutates_args=("states",), **_OPTIONS)
 def decode_step(
     hidden_states: torch.Tensor,
     xs: list[torch.Tensor],
@@ -62,9 +61,7 @@ def decode_step(
 
     Every tensor of a list has the same dtype.
     """
-    from .decode import decode_step
-
-    outputs = decode_step(
+    return getattr(torch.ops, _NAMESPACE).decode_step.default(
         hidden_states,
         xs,
         filter_weights,
@@ -78,13 +75,35 @@ def decode_step(
         rotated,
         residual,
     )
+
+
+def _run(hidden_states, xs, filter_weights, bases, static_filters, states, *others):
+    from .decode import decode_step
+
+    outputs = decode_step(hidden_states, xs, filter_weights, bases, static_filters, states, *others)
+    for state in states:
+        if not state.is_inference():
+            # Autograd then finds that what it kept has changed.
+            torch.autograd.graph.increment_version(state)
     return _fill_up(outputs, xs[0])
 
 
-@decode_step.register_fake
-def _(hidden_states, xs, *others):
+def _run_fake(hidden_states, xs, *others):
     return _fill_up([x.new_empty(x.shape) for x in xs], xs[0])
 
 
 def _fill_up(outputs: list[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (*outputs, *[x.new_empty(0) for _ in range(MAX_GROUP - len(outputs))])
+
+
+def _define() -> torch.library.Library:
+    """Not a `custom_op`, which takes more time than the kernel: Python runs before and after each one."""
+    library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+    library.define(_SCHEMA, tags=_TAGS)
+    library.impl("decode_step", _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAMESPACE}::decode_step", _run_fake, lib=library)
+    return library
+
+
+# Defined once, also where this module is loaded again.
+_LIBRARY = globals().get("_LIBRARY") or _define()

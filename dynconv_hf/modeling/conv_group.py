@@ -29,12 +29,11 @@ def can_bypass_calls(convs: Sequence[nn.Module], xs: Sequence[torch.Tensor]) -> 
     Not where somebody listens to a call or has put something else in its place: hooks, wrappers of PEFT, offloading,
     tensor parallelism, a convolution that FSDP divides by itself.
     """
-    return (
-        all(_is_untouched(conv, DynamicShortConv) for conv in convs)
-        and convs[0].filter_proj is not None
-        and all(conv.filter_proj is not None and _is_untouched(conv.filter_proj, FilterProjection) for conv in convs)
-        and all(_agree(conv, convs[0]) for conv in convs)
-        and all(x.dtype == xs[0].dtype and x.device == xs[0].device for x in xs)
+    for conv in convs:
+        if not _is_untouched(conv, DynamicShortConv) or not _is_untouched(conv.filter_proj, FilterProjection):
+            return False
+    return all(_agree(conv, convs[0]) for conv in convs[1:]) and all(
+        x.dtype == xs[0].dtype and x.device == xs[0].device for x in xs[1:]
     )
 
 

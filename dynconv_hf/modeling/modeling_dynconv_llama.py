@@ -84,7 +84,10 @@ class ConvolvedProjections:
         """
         convs = {target: getattr(self, conv_name(target)) for target in targets}
         convs = {target: conv for target, conv in convs.items() if conv is not None}
-        if recompute and convs:
+        if not convs:
+            xs = [getattr(self, target)(hidden_states) for target in targets]
+            return xs if rotary is None else _rotate_heads(*xs, rotary)
+        if recompute:
             inputs = (targets, hidden_states, conv_positions, past_key_values, rotary)
             return checkpoint(self.project, *inputs, use_reentrant=False)
         xs_BTD = {target: getattr(self, target)(hidden_states) for target in targets}

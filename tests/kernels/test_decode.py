@@ -1,5 +1,6 @@
 """The decode step: one token of a group of tensors against the operation, filters, states and RoPE one by one."""
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynconv_hf.kernels import lowrank_dynamic_conv1d_update
+from dynconv_hf.kernels import decode_ops, lowrank_dynamic_conv1d_update
 from dynconv_hf.kernels.decode_ops import decode_step
 from dynconv_hf.kernels.rotary import Rotary, rotate
 
@@ -185,9 +186,27 @@ def test_a_token_of_a_longer_sequence(batch: int, device: torch.device) -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    step = Step(batch=2, device=device)
+    step, operator = Step(batch=2, device=device), torch.ops.dynconv_hf_kernels.decode_step.default
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(decode_step, tuple(step.arguments().values()), test_utils=tests)
+    torch.library.opcheck(operator, tuple(step.arguments().values()), test_utils=tests)
+
+
+def test_autograd_learns_that_the_states_have_changed(device: torch.device) -> None:
+    arguments = Step(device=device).arguments()
+    factor = torch.ones(1, device=device, requires_grad=True)
+    products = [factor * state for state in arguments["states"]]
+    with torch.no_grad():
+        decode_step(**arguments)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        products[0].sum().backward()
+
+
+def test_the_module_may_be_loaded_again(device: torch.device) -> None:
+    arguments = Step(device=device).arguments()
+    again = {**arguments, "states": [state.clone() for state in arguments["states"]]}
+    expected = decode_step(**arguments)
+    for y, want in zip(importlib.reload(decode_ops).decode_step(**again), expected, strict=True):
+        assert torch.equal(y, want)
 
 
 @pytest.mark.gpu
