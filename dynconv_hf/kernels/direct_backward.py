@@ -284,8 +284,9 @@ def direct_backward_kernel(
         dx_ptr += U * D
         words_ptr += U * f_stride_t
         df_words_ptr += U * (HEADS * DF_WORDS)
-    # What the tokens after each run give to the last of it.
-    for u in tl.static_range(STATE):
+    # What the tokens after each run give to the last of it. Not unrolled here: how long Triton takes grows with the
+    # square of a kernel's length, and the machine code is the same in the end.
+    for u in tl.range(0, STATE, num_stages=1, loop_unroll_factor=1):
         row_I = start + L + u + run_I
         dx_W = _load_and_advance_dx(
             dx_W,
