@@ -12,6 +12,7 @@ from .direct_tiles import (
     load_words,
     pack_word,
     spread,
+    spread_words,
     tap_filter,
     where_counts,
 )
@@ -43,10 +44,11 @@ def _advance_dx(
     """Adds what one token gives to dx of itself and of the W - 1 before it, newest first; the oldest is complete."""
     own = (dy_IJ,) if RESIDUAL else (tl.zeros_like(dy_IJ),)
     before_W = own + dx_W
+    words = spread_words(words, BP)
     new_dx_W = ()
     for w in tl.static_range(W):
         dx_IJ = before_W[w]
-        with_tap_IJ = tl.fma(tap_filter(words, s_W, w, W, dtype, BP), dy_IJ, dx_IJ)
+        with_tap_IJ = tl.fma(tap_filter(words, s_W, w, W, dtype), dy_IJ, dx_IJ)
         new_dx_W += (where_counts(with_tap_IJ, dx_IJ, position_I, w, HAS_POSITIONS),)
     return new_dx_W
 
@@ -203,7 +205,7 @@ def direct_backward_kernel(
     f_offset_IH = run_wide_I * f_stride_t + (h_H * WORDS)[None, :]
     df_offset_IL = run_wide_I * (HEADS * DF_WORDS) + (head_L * DF_WORDS + lane_L)[None, :]
 
-    s_W = load_static(s_ptr, d_J, keep_J, D, W, HAS_STATIC)
+    s_W = load_static(s_ptr, d_J, keep_J, D, W, HAS_STATIC, RUNS)
     x_W = load_before(x_ptr, x_offset_IJ, x_stride_t, state_ptr, start + run_I, d_J, keep_J, T, D, STATE, HAS_STATE)
     if HAS_STATE:  # noqa: SIM102 (one is known when compiling, the other is not)
         if start == 0:

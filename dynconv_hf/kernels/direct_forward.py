@@ -10,6 +10,7 @@ from .direct_tiles import (
     load_positions,
     load_static,
     load_words,
+    spread_words,
     tap_filter,
     where_counts,
 )
@@ -75,7 +76,7 @@ def direct_forward_kernel(
     y_offset_IJ = run_wide_I * D + d_J[None, :]
     f_offset_IH = run_wide_I * f_stride_t + (h_H * WORDS)[None, :]
 
-    s_W = load_static(s_ptr, d_J, keep_J, D, W, HAS_STATIC)
+    s_W = load_static(s_ptr, d_J, keep_J, D, W, HAS_STATIC, RUNS)
     x_W = load_before(x_ptr, x_offset_IJ, x_stride_t, state_ptr, start + run_I, d_J, keep_J, T, D, W - 1, HAS_STATE)
     for i in tl.range(0, L, U, num_stages=STAGES):
         # All of a step's loads come first: the compiler does not move them past the stores.
@@ -91,9 +92,10 @@ def direct_forward_kernel(
         for u in tl.static_range(U):
             newest = (x_U[u].to(tl.float32),)
             x_W = newest + x_W
+            words = spread_words(words_U[u], BP)
             y_IJ = x_W[0] if RESIDUAL else tl.zeros((RUNS, BH * BP), tl.float32)
             for w in tl.static_range(W):
-                k_IJ = tap_filter(words_U[u], s_W, w, W, f_ptr.dtype.element_ty, BP)
+                k_IJ = tap_filter(words, s_W, w, W, f_ptr.dtype.element_ty)
                 with_tap_IJ = tl.fma(k_IJ, x_W[w], y_IJ)
                 y_IJ = where_counts(with_tap_IJ, y_IJ, position_U[u], w, HAS_POSITIONS)
             x_W = x_W[: W - 1]

@@ -56,16 +56,25 @@ def load_words(words_ptr, offset_IH, mask_IH, WORDS: tl.constexpr):
 
 
 @triton.jit
+def spread_words(words, BP: tl.constexpr):
+    """The words at each of their head's channels: a tuple of (I, J)."""
+    wide = ()
+    for j in tl.static_range(len(words)):
+        wide += (spread(words[j], BP),)
+    return wide
+
+
+@triton.jit
 def unpack_tap(words, w: tl.constexpr, W: tl.constexpr, dtype: tl.constexpr):
-    """Tap w of words that hold W taps of type dtype: (I, H), float32."""
+    """Tap w of words that hold W taps of type dtype, float32, in the words' shape."""
     BITS: tl.constexpr = dtype.primitive_bitwidth
     TAPS: tl.constexpr = W // len(words)
-    word_IH = words[w // TAPS]
+    word = words[w // TAPS]
     if TAPS == 1:
-        return word_IH.to(tl.float32)
+        return word.to(tl.float32)
     else:
-        tap_IH = (word_IH >> (BITS * (w % TAPS))).to(tl.int16 if BITS == 16 else tl.int32)
-        return tap_IH.to(dtype, bitcast=True).to(tl.float32)
+        tap = (word >> (BITS * (w % TAPS))).to(tl.int16 if BITS == 16 else tl.int32)
+        return tap.to(dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -95,24 +104,25 @@ def spread(f_IH, N: tl.constexpr):
 
 
 @triton.jit
-def tap_filter(words, s_W, w: tl.constexpr, W: tl.constexpr, dtype: tl.constexpr, BP: tl.constexpr):
-    """Tap w of a token's filter: head-wise, static, or their sum; (I, J) or (1, J), float32."""
+def tap_filter(words, s_W, w: tl.constexpr, W: tl.constexpr, dtype: tl.constexpr):
+    """Tap w of a token's filter: head-wise, static, or their sum; (I, J), float32. The words are spread."""
     if len(words) == 0:
         return s_W[w]
     else:
-        k_IJ = spread(unpack_tap(words, w, W, dtype), BP)
+        k_IJ = unpack_tap(words, w, W, dtype)
         if len(s_W) > 0:
             k_IJ += s_W[w]
         return k_IJ
 
 
 @triton.jit
-def load_static(s_ptr, d_J, keep_J, D: tl.constexpr, W: tl.constexpr, HAS_STATIC: tl.constexpr):
-    """The static filter, W (1, J), float32; an empty tuple where there is none."""
+def load_static(s_ptr, d_J, keep_J, D: tl.constexpr, W: tl.constexpr, HAS_STATIC: tl.constexpr, ROWS: tl.constexpr):
+    """The static filter, W (ROWS, J), float32; an empty tuple where there is none."""
     s_W = ()
     if HAS_STATIC:
         for w in tl.static_range(W):
-            s_W += (tl.load(s_ptr + w * D + d_J, mask=keep_J, other=0.0).to(tl.float32)[None, :],)
+            s_J = tl.load(s_ptr + w * D + d_J, mask=keep_J, other=0.0).to(tl.float32)
+            s_W += (tl.broadcast_to(s_J[None, :], (ROWS, s_J.shape[0])),)
     return s_W
 
 
