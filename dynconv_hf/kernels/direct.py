@@ -19,8 +19,8 @@ __all__ = ["backward", "forward"]
 _FORWARD_WARPS = 4
 # Smaller programs: more of them side by side, for as many registers.
 _BACKWARD_WARPS = 2
-# Steps whose loads are under way, in shared memory.
-_STAGES = 3
+# Tokens of a run whose loads are under way, in shared memory, while others are computed.
+_AHEAD = 8
 # Channels of a thread: 16 bytes of bfloat16, or half of that, where gradients take twice the registers.
 _FORWARD_VECTOR = 8
 _BACKWARD_VECTOR = 4
@@ -112,6 +112,7 @@ def forward(
         return y
     heads, kernel_size = _heads_and_kernel_size(filters, static_filter)
     head_size = channels // heads
+    step = _step(kernel_size, head_size)
     x_rows, f_rows, position_rows = rows(x), _filter_rows(filters, x), flat_rows(positions, x)
     division = _divide_channels(heads, head_size, _FORWARD_VECTOR, _FORWARD_WARPS, kernel_size, f_rows.words)
     chunks = triton.cdiv(tokens, division.sizes["RUNS"] * _FORWARD_RUN)
@@ -144,8 +145,8 @@ def forward(
             HAS_STATIC=static_filter is not None,
             HAS_POSITIONS=positions is not None,
             HAS_STATE=initial_state is not None and kernel_size > 1,
-            U=_step(kernel_size, head_size),
-            STAGES=_STAGES,
+            U=step,
+            STAGES=1 + _AHEAD // step,
             num_warps=_FORWARD_WARPS,
             **division.sizes,
         )
@@ -175,9 +176,10 @@ def backward(
     batch, tokens, channels = x.shape
     heads, kernel_size = _heads_and_kernel_size(filters, static_filter)
     head_size = channels // heads
+    step = _step(kernel_size, head_size)
     dy_rows, x_rows, f_rows, position_rows = rows(dy), rows(x), _filter_rows(filters, x), flat_rows(positions, x)
     division = _divide_channels(heads, head_size, _BACKWARD_VECTOR, _BACKWARD_WARPS, kernel_size, f_rows.words)
-    run = _backward_run(batch, tokens, division, _step(kernel_size, head_size), x.device)
+    run = _backward_run(batch, tokens, division, step, x.device)
     chunks = batch * triton.cdiv(tokens, division.sizes["RUNS"] * run)
     ds_partials = torch.empty(chunks, kernel_size * channels, dtype=torch.float32, device=x.device)
     df_partials = ds_partials if dfilters is None else dfilters
@@ -223,8 +225,8 @@ def backward(
             HAS_POSITIONS=positions is not None,
             HAS_STATE=initial_state is not None and kernel_size > 1,
             LANES=division.lanes,
-            U=_step(kernel_size, head_size),
-            STAGES=_STAGES,
+            U=step,
+            STAGES=1 + _AHEAD // step,
             num_warps=_BACKWARD_WARPS,
             **division.sizes,
         )
