@@ -11,8 +11,7 @@ from transformers.cache_utils import Cache
 from ..kernels import Rotary
 from ..kernels.decode_ops import MAX_GROUP, decode_step
 from ..kernels.dispatch import select_implementation
-from ..kernels.rotary import rotate
-from .conv_group import can_bypass_calls, rotary_of_group
+from .conv_group import can_bypass_calls
 from .dynamic_conv import DynamicShortConv
 
 if TYPE_CHECKING:
@@ -24,45 +23,40 @@ __all__ = ["step_group"]
 def step_group(
     owner: "ConvolvedProjections",
     convs: dict[str, DynamicShortConv],
-    xs: dict[str, torch.Tensor],
+    xs: list[torch.Tensor],
     hidden_states: torch.Tensor,
     positions: torch.Tensor | None,
     cache: Cache | None,
     rotary: Rotary | None,
 ) -> list[torch.Tensor] | None:
-    """The convolutions `convs` of some of `xs`, by target, for one token, then `rotary`: all of `xs`, (B, 1, D) each.
+    """The convolutions `convs`, by target, of `xs`, (B, 1, D) each, for one token, then `rotary`.
 
     The states in the cache are left as `update_conv_state` leaves them. None where one launch does not serve; nothing
     has happened then.
     """
     if cache is None or hidden_states.shape[1] != 1 or torch.is_grad_enabled() or not 0 < len(convs) <= MAX_GROUP:
         return None
-    convolved = [xs[target] for target in convs]
     modules = list(convs.values())
-    if not _serves(modules, convolved, hidden_states):
+    if not _serves(modules, xs, hidden_states):
         return None
     states = _states(owner, convs, xs, cache)
     if states is None:
         return None
-    fused = None if rotary is None else rotary_of_group(rotary, xs, convs)
     outputs = decode_step(
         hidden_states,
-        convolved,
+        xs,
         [conv.filter_proj.weight for conv in modules],
         [conv.basis for conv in modules],
         [conv.static_filter for conv in modules if conv.static_filter is not None],
         states,
         positions,
-        None if fused is None else fused.cos,
-        None if fused is None else fused.sin,
-        0 if fused is None else fused.head_dim,
-        [False] * len(convs) if fused is None else list(fused.rotated),
+        None if rotary is None else rotary.cos,
+        None if rotary is None else rotary.sin,
+        0 if rotary is None else rotary.head_dim,
+        [False] * len(convs) if rotary is None else list(rotary.rotated),
         modules[0].residual,
     )
-    ys = {**xs, **dict(zip(convs, outputs, strict=False))}
-    if rotary is None or fused is not None:
-        return list(ys.values())
-    return [rotate(y, rotary) if turns else y for y, turns in zip(ys.values(), rotary.rotated, strict=True)]
+    return list(outputs[: len(convs)])
 
 
 def _serves(convs: list[DynamicShortConv], xs: list[torch.Tensor], hidden_states: torch.Tensor) -> bool:
@@ -80,15 +74,15 @@ def _serves(convs: list[DynamicShortConv], xs: list[torch.Tensor], hidden_states
 
 
 def _states(
-    owner: "ConvolvedProjections", convs: dict[str, DynamicShortConv], xs: dict[str, torch.Tensor], cache: Cache
+    owner: "ConvolvedProjections", convs: dict[str, DynamicShortConv], xs: list[torch.Tensor], cache: Cache
 ) -> list[torch.Tensor] | None:
     """The convolutions' states in the cache; None where one is not what the kernel shifts in place."""
     layer = cache.layers[owner.layer_idx]
     if cache.offloading or layer.record_past:
         return None
     states = []
-    for target, conv in convs.items():
-        state_idx, x = owner.conv_state_idx[target], xs[target]
+    for (target, conv), x in zip(convs.items(), xs, strict=True):
+        state_idx = owner.conv_state_idx[target]
         if not layer.has_previous_state[state_idx]:
             return None
         state = layer.conv_states[state_idx]

@@ -91,23 +91,25 @@ class ConvolvedProjections:
             inputs = (targets, hidden_states, conv_positions, past_key_values, rotary)
             return checkpoint(self.project, *inputs, use_reentrant=False)
         xs_BTD = {target: getattr(self, target)(hidden_states) for target in targets}
+        convolved, modules = [xs_BTD[target] for target in convs], list(convs.values())
+        fused, ys_BTD = None, None
         if self.config.conv_fused:
-            stepped = step_group(self, convs, xs_BTD, hidden_states, conv_positions, past_key_values, rotary)
-            if stepped is not None:
-                return stepped
-        states = {target: self.exchange_state(target, xs_BTD[target], past_key_values) for target in convs}
-        convolved = [xs_BTD[target] for target in convs]
-        if self.config.conv_fused and can_group(list(convs.values()), convolved):
             fused = None if rotary is None else rotary_of_group(rotary, xs_BTD, convs)
-            ys_BTD = convolve_group(
-                list(convs.values()), convolved, hidden_states, conv_positions, list(states.values()), fused
-            )
-            xs_BTD.update(zip(convs, ys_BTD, strict=True))
-            rotary = rotary if fused is None else None
-        else:
-            for target, conv in convs.items():
-                xs_BTD[target] = conv(xs_BTD[target], hidden_states, conv_positions, states[target])
-        return list(xs_BTD.values()) if rotary is None else _rotate_heads(*xs_BTD.values(), rotary)
+            ys_BTD = step_group(self, convs, convolved, hidden_states, conv_positions, past_key_values, fused)
+        if ys_BTD is None:
+            states = [self.exchange_state(target, xs_BTD[target], past_key_values) for target in convs]
+            if self.config.conv_fused and can_group(modules, convolved):
+                ys_BTD = convolve_group(modules, convolved, hidden_states, conv_positions, states, fused)
+            else:
+                fused = None
+                ys_BTD = [
+                    conv(x_BTD, hidden_states, conv_positions, state)
+                    for conv, x_BTD, state in zip(modules, convolved, states, strict=True)
+                ]
+        xs_BTD.update(zip(convs, ys_BTD, strict=True))
+        if rotary is None or fused is not None:
+            return list(xs_BTD.values())
+        return _rotate_heads(*xs_BTD.values(), rotary)
 
     def exchange_state(self, target: str, x_BTD: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor | None:
         """Hands what the convolution after `target` reads to the cache; returns what it read before, (B, W - 1, D)."""
