@@ -8,18 +8,21 @@ and makes the coefficients of its tensor by itself: reading them from another la
 
 Products and sums are fused where `tl.fma` says so, and nowhere else: RoPE is to round as PyTorch does.
 
-Shape suffixes: I tokens (each of a sequence of its own), R a block of ranks, C channels, J half of them, N parts of
-the hidden state, K their elements.
+Shape suffixes: I tokens (each of a sequence of its own), C channels, J half of them.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .decode_ops import MAX_GROUP
+from .decode_rotary import halves, pair_channels, turn
+from .decode_tile import tile
+from .decode_token import one_token
 from .launch import INTERPRETED, on_device
 
 __all__ = ["decode_step"]
@@ -28,120 +31,11 @@ _RANK_BLOCK = 16
 # Pairs of channels that a program has.
 _PAIRS = 32
 _WARPS = 8
+# By their bytes.
+_BITS = {2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 # Of a tile of tokens, where registers allow: there is more than one program for each processor, and so they run side
 # by side.
 _TILE_WARPS = 4
-
-
-@triton.jit
-def _one_token_coefficients(
-    h_ptr,
-    f_ptr,
-    r_R,
-    RANK: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    PARTS: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """z (R,), float32. A part is what the program reads at a time; PARTS of them are on their way together."""
-    k_K = tl.arange(0, BK)
-    sum_RK = tl.zeros((r_R.shape[0], BK), tl.float32)
-    for start in range(0, HIDDEN, PARTS * BK):
-        parts = ()
-        for n in tl.static_range(PARTS):
-            column_K = start + n * BK + k_K
-            keep_RK = (r_R < RANK)[:, None]
-            if HIDDEN % (PARTS * BK) > 0:
-                keep_RK = keep_RK & (column_K < HIDDEN)[None, :]
-                h_K = tl.load(h_ptr + column_K, mask=column_K < HIDDEN, other=0.0)
-            else:
-                h_K = tl.load(h_ptr + column_K)
-            f_RK = tl.load(f_ptr + (r_R[:, None] * HIDDEN + column_K[None, :]), mask=keep_RK, other=0.0)
-            parts += ((f_RK, h_K),)
-        for n in tl.static_range(PARTS):
-            f_RK, h_K = parts[n]
-            h_RK = tl.broadcast_to(h_K.to(f_RK.dtype)[None, :], f_RK.shape)
-            sum_RK = tl.fma(f_RK.to(tl.float32), h_RK.to(tl.float32), sum_RK)
-    return tl.sum(sum_RK, 1)
-
-
-@triton.jit
-def _tile_coefficients(
-    h_ptr,
-    f_ptr,
-    i_I,
-    keep_I,
-    r_R,
-    RANK: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    PARTS: tl.constexpr,
-    BK: tl.constexpr,
-    DOT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """z (I, R), float32: a matrix product for each part, so that each warp has its own, summed at the end."""
-    n_N, k_K = tl.arange(0, PARTS), tl.arange(0, BK)
-    z_NIR = tl.zeros((PARTS, i_I.shape[0], r_R.shape[0]), tl.float32)
-    for start in tl.range(0, HIDDEN, PARTS * BK, num_stages=STAGES):
-        column_NK = start + n_N[:, None] * BK + k_K[None, :]
-        keep_NRK, keep_NIK = (r_R < RANK)[None, :, None], keep_I[None, :, None]
-        if HIDDEN % (PARTS * BK) > 0:
-            keep_NRK = keep_NRK & (column_NK < HIDDEN)[:, None, :]
-            keep_NIK = keep_NIK & (column_NK < HIDDEN)[:, None, :]
-        f_NRK = tl.load(f_ptr + (r_R[None, :, None] * HIDDEN + column_NK[:, None, :]), mask=keep_NRK, other=0.0)
-        h_NIK = tl.load(h_ptr + (i_I[None, :, None] * HIDDEN + column_NK[:, None, :]), mask=keep_NIK, other=0.0)
-        h_NIK = h_NIK.to(f_ptr.dtype.element_ty).to(DOT)
-        z_NIR = tl.dot(h_NIK, tl.permute(f_NRK, 0, 2, 1).to(DOT), z_NIR, input_precision="ieee")
-    return tl.sum(z_NIR, 0)
-
-
-@triton.jit
-def _channels(block, c_C, BJ: tl.constexpr, HEAD_HALF: tl.constexpr, ROTARY_HALF: tl.constexpr):
-    """The channels at places c_C of a block of BJ pairs: the first ones of the pairs, then the second ones.
-
-    RoPE turns the two of a pair together; what is past RoPE's part of a head is paired in the same way.
-    """
-    if HEAD_HALF % BJ == 0:
-        # Blocks within a head: no division for each channel, and wide loads.
-        blocks: tl.constexpr = HEAD_HALF // BJ
-        head, first = block // blocks * (2 * HEAD_HALF), block % blocks * BJ
-        j_C = first + c_C % BJ
-    else:
-        pair_C = block * BJ + c_C % BJ
-        head, j_C = pair_C // HEAD_HALF * (2 * HEAD_HALF), pair_C % HEAD_HALF
-    second_C = c_C // BJ
-    if ROTARY_HALF == HEAD_HALF:
-        return head + j_C + second_C * HEAD_HALF
-    past_C = j_C >= ROTARY_HALF
-    j_C += tl.where(past_C, ROTARY_HALF, 0)
-    return head + j_C + second_C * tl.where(past_C, HEAD_HALF - ROTARY_HALF, ROTARY_HALF)
-
-
-@triton.jit
-def _halves(x_IC, BJ: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(x_IC, (x_IC.shape[0], 2, BJ)), 0, 2, 1))
-
-
-@triton.jit
-def _history(x_IC, states, keep_E):
-    """What tap w sees, for each w.
-
-    Zeros are put in here and not by the loads: a tile that is ready changes its layout where it was loaded, and the
-    program would wait for it there, before it has asked for the rest.
-    """
-    history = (x_IC,)
-    for w in tl.static_range(len(states)):
-        history += (tl.reshape(tl.where(keep_E, states[w], 0.0), x_IC.shape),)
-    return history
-
-
-@triton.jit
-def _turn(x_IJ, partner_IJ, cos_IJ, sin_IJ):
-    """RoPE, rounded after every step as PyTorch rounds it."""
-    dtype: tl.constexpr = x_IJ.dtype
-    kept_IJ = (x_IJ.to(tl.float32) * cos_IJ.to(tl.float32)).to(dtype)
-    turned_IJ = (partner_IJ * sin_IJ.to(tl.float32)).to(dtype)
-    return (kept_IJ.to(tl.float32) + turned_IJ.to(tl.float32)).to(dtype)
 
 
 @triton.jit(do_not_specialize=["B", "positions_stride", "rope_stride", "first_end", "second_end"])
@@ -179,6 +73,7 @@ def _decode_kernel(
     HIDDEN: tl.constexpr,
     RANK: tl.constexpr,
     W: tl.constexpr,
+    TAPS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_STATIC: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
@@ -186,6 +81,9 @@ def _decode_kernel(
     HEAD_HALF: tl.constexpr,
     ROTARY_HALF: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    WORD: tl.constexpr,
+    SLOTS: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
     BR: tl.constexpr,
@@ -195,7 +93,7 @@ def _decode_kernel(
     FILTER_DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A token, or a tile of tokens, by a block of one tensor's channels; `_channels` says which.
+    """A token, or a tile of tokens, by a block of one tensor's channels; `pair_channels` says which.
 
     The blocks of the first tensor end at program `first_end`, those of the second at `second_end`. ROTATED has bit g
     set where RoPE turns tensor g.
@@ -211,7 +109,7 @@ def _decode_kernel(
     D = tl.where(in_first, D0, tl.where(in_second, D1, D2))
     block = program - tl.where(in_first, 0, tl.where(in_second, first_end, second_end))
 
-    d_C = _channels(block, tl.arange(0, 2 * BJ), BJ, HEAD_HALF, ROTARY_HALF)
+    d_C = pair_channels(block, tl.arange(0, 2 * BJ), BJ, HEAD_HALF, ROTARY_HALF)
     # In 64 bits as far as the tile, in 32 within it.
     b = tl.program_id(1).to(tl.int64) * BI
     x_ptr += b * D
@@ -222,28 +120,12 @@ def _decode_kernel(
     # A mask that is known to be full costs nothing.
     keep_I = tl.full((BI,), True, tl.int1) if BI == 1 else i_I < tokens
     keep_C = tl.full((2 * BJ,), True, tl.int1) if WHOLE_BLOCKS else d_C < D
-    keep_IC = keep_I[:, None] & keep_C[None, :]
 
     # Everything is asked for before anything is waited for.
-    x_IC = tl.load(x_ptr + (i_I[:, None] * D + d_C[None, :]), mask=keep_IC, other=0.0)
-    # In one dimension: of two without a contiguous one, Triton may let neighbouring threads read different sequences.
-    e_E = tl.arange(0, BI * 2 * BJ)
-    d_E = _channels(block, e_E % (2 * BJ), BJ, HEAD_HALF, ROTARY_HALF)
-    i_E = e_E // (2 * BJ)
-    keep_E = tl.full((BI * 2 * BJ,), True, tl.int1) if BI == 1 else i_E < tokens
-    keep_E = keep_E if WHOLE_BLOCKS else keep_E & (d_E < D)
-    state_E_ptr = state_ptr + (i_E * D + d_E) * (W - 1)
-    states = ()
-    for w in tl.static_range(1, W):
-        states += (tl.load(state_E_ptr + (W - 1 - w), mask=keep_E),)
     if HAS_POSITIONS:
         position_I = tl.load(positions_ptr + (b + i_I) * positions_stride, mask=keep_I, other=-1)
     else:
         position_I = tl.full((BI,), W, tl.int32)
-    if HAS_STATIC:
-        statics = ()
-        for w in tl.static_range(W):
-            statics += (tl.load(s_ptr + w * D + d_C, mask=keep_C, other=0.0),)
     if ROTATED:
         rotates = tl.where(in_first, ROTATED & 1, tl.where(in_second, ROTATED & 2, ROTATED & 4))
         j_J = (block * BJ + tl.arange(0, BJ)) % HEAD_HALF
@@ -254,62 +136,72 @@ def _decode_kernel(
         # The second halves repeat the first.
         cos_IJ = tl.load(cos_ptr + rope_IJ, mask=turns_IJ, other=0.0)
         sin_IJ = tl.load(sin_ptr + rope_IJ, mask=turns_IJ, other=0.0)
-
-    y_IC = tl.zeros((BI, 2 * BJ), tl.float32)
-    for r in tl.range(0, RANK, BR, num_stages=1, loop_unroll_factor=1):
-        r_R = r + tl.arange(0, BR)
-        bases = ()
-        for w in tl.static_range(W):
-            u_ptr_RC = u_ptr + ((r_R * W + w) * D)[:, None] + d_C[None, :]
-            bases += (tl.load(u_ptr_RC, mask=(r_R < RANK)[:, None] & keep_C[None, :]),)
-        if BI == 1:
-            z_R = _one_token_coefficients(h_ptr, f_ptr, r_R, RANK, HIDDEN, PARTS, BK)
-            z_R = z_R.to(f_ptr.dtype.element_ty).to(tl.float32)
-            history = _history(x_IC, states, keep_E)
-            # Taps before ranks: what is summed over taps waits for no coefficients.
-            tapped_RC = tl.zeros((BR, 2 * BJ), tl.float32)
-            for w in tl.static_range(W):
-                history_RC = tl.broadcast_to(history[w].to(tl.float32), tapped_RC.shape)
-                u_RC = tl.where((r_R < RANK)[:, None] & keep_C[None, :], bases[w], 0.0)
-                term_RC = tl.fma(u_RC.to(tl.float32), history_RC, tapped_RC)
-                tapped_RC = tl.where((position_I >= w)[:, None], term_RC, tapped_RC)
-            y_IC += tl.sum(z_R[:, None] * tapped_RC, 0)[None, :]
-        else:
-            z_IR = _tile_coefficients(h_ptr, f_ptr, i_I, keep_I, r_R, RANK, HIDDEN, PARTS, BK, PROJECTION_DOT, STAGES)
-            z_IR = z_IR.to(f_ptr.dtype.element_ty).to(FILTER_DOT)
-            history = _history(x_IC, states, keep_E)
-            # Masked here for the same reason as in `_history`.
-            operands = ()
-            for w in tl.static_range(W):
-                operands += (tl.where((r_R < RANK)[:, None] & keep_C[None, :], bases[w], 0.0).to(FILTER_DOT),)
-            for w in tl.static_range(W):
-                k_IC = tl.dot(z_IR, operands[w], input_precision="ieee")
-                term_IC = tl.fma(k_IC, history[w].to(tl.float32), y_IC)
-                # `where`, not a product with the mask: what a token must not see may be inf or nan.
-                y_IC = tl.where((position_I >= w)[:, None], term_IC, y_IC)
-    history = _history(x_IC, states, keep_E)
-    if HAS_STATIC:
-        for w in tl.static_range(W):
-            s_IC = tl.broadcast_to(statics[w].to(tl.float32)[None, :], y_IC.shape)
-            term_IC = tl.fma(s_IC, history[w].to(tl.float32), y_IC)
-            y_IC = tl.where((position_I >= w)[:, None], term_IC, y_IC)
-    if RESIDUAL:
-        y_IC += x_IC.to(tl.float32)
+    if BI == 1:
+        y_IC = one_token(
+            h_ptr,
+            x_ptr,
+            f_ptr,
+            u_ptr,
+            s_ptr,
+            state_ptr,
+            d_C,
+            keep_C,
+            position_I,
+            D,
+            HIDDEN,
+            RANK,
+            W,
+            RESIDUAL,
+            HAS_STATIC,
+            BR,
+            PARTS,
+            BK,
+        )
+    else:
+        y_IC = tile(
+            h_ptr,
+            x_ptr,
+            f_ptr,
+            u_ptr,
+            s_ptr,
+            state_ptr,
+            block,
+            d_C,
+            keep_C,
+            i_I,
+            keep_I,
+            tokens,
+            position_I,
+            D,
+            HIDDEN,
+            RANK,
+            W,
+            TAPS,
+            RESIDUAL,
+            HAS_STATIC,
+            HEAD_HALF,
+            ROTARY_HALF,
+            WHOLE_BLOCKS,
+            ELEMENT,
+            WORD,
+            SLOTS,
+            BJ,
+            BR,
+            PARTS,
+            BK,
+            PROJECTION_DOT,
+            FILTER_DOT,
+            STAGES,
+        )
     y_IC = y_IC.to(x_ptr.dtype.element_ty)
     if ROTATED:
-        left_IJ, right_IJ = _halves(y_IC, BJ)
-        turned_left_IJ = _turn(left_IJ, -right_IJ.to(tl.float32), cos_IJ, sin_IJ)
-        turned_right_IJ = _turn(right_IJ, left_IJ.to(tl.float32), cos_IJ, sin_IJ)
+        left_IJ, right_IJ = halves(y_IC, BJ)
+        turned_left_IJ = turn(left_IJ, -right_IJ.to(tl.float32), cos_IJ, sin_IJ)
+        turned_right_IJ = turn(right_IJ, left_IJ.to(tl.float32), cos_IJ, sin_IJ)
         left_IJ = tl.where(turns_IJ, turned_left_IJ, left_IJ)
         right_IJ = tl.where(turns_IJ, turned_right_IJ, right_IJ)
         y_IC = tl.reshape(tl.permute(tl.join(left_IJ, right_IJ), 0, 2, 1), (BI, 2 * BJ))
-    tl.store(y_ptr + (i_I[:, None] * D + d_C[None, :]), y_IC, mask=keep_IC)
-    if W > 1:
-        # Every thread has read the old state before any writes the new one.
-        tl.debug_barrier()
-        for w in tl.static_range(W - 1):
-            state_E = tl.reshape(history[w].to(state_ptr.dtype.element_ty), (BI * 2 * BJ,))
-            tl.store(state_E_ptr + (W - 2 - w), state_E, mask=keep_E)
+    tl.store(y_ptr + (i_I[:, None] * D + d_C[None, :]), y_IC, mask=keep_I[:, None] & keep_C[None, :])
 
 
 def _dot_type(*dtypes: torch.dtype) -> tl.dtype:
@@ -341,6 +233,15 @@ def _block_sizes(batch: int, hidden: int, filter_size: int, kernel_size: int, he
     return {"BI": 1, "PARTS": parts, "BK": columns, **sizes}
 
 
+def _words(tensors: Sequence[torch.Tensor], multiples: Sequence[int]) -> dict[str, Any]:
+    """How many channels of the tensors, read as bits, make a word: 8 bytes where all `multiples` allow it."""
+    size = tensors[0].element_size()
+    slots = 8 // size
+    if any(n % slots for n in multiples) or any(tensor.data_ptr() % 8 for tensor in tensors):
+        slots = 1
+    return {"SLOTS": slots, "ELEMENT": _BITS[size], "WORD": _BITS[size * slots]}
+
+
 def decode_step(
     hidden_states: torch.Tensor,
     xs: Sequence[torch.Tensor],
@@ -363,10 +264,13 @@ def decode_step(
         return ys
     rank, kernel_size, _ = bases[0].shape
     head_half = _PAIRS if cos is None else head_dim // 2
+    rotary_half = head_half if cos is None else cos.shape[-1] // 2
     sizes = _block_sizes(batch, hidden, filter_weights[0].element_size(), kernel_size, head_half)
+    xs = [x.contiguous() for x in xs]
+    channels = [x.shape[-1] for x in xs]
     ends = [0]
-    for x in xs:
-        pairs = triton.cdiv(x.shape[-1], 2 * head_half) * head_half
+    for count in channels:
+        pairs = triton.cdiv(count, 2 * head_half) * head_half
         ends.append(ends[-1] + triton.cdiv(pairs, sizes["BJ"]))
     ends += [ends[-1]] * (MAX_GROUP - len(xs))
 
@@ -396,13 +300,15 @@ def decode_step(
             HIDDEN=hidden,
             RANK=rank,
             W=kernel_size,
+            TAPS=triton.next_power_of_2(kernel_size),
             RESIDUAL=residual,
             HAS_STATIC=len(static_filters) > 0,
             HAS_POSITIONS=positions is not None,
             ROTATED=0 if cos is None else sum(turns << g for g, turns in enumerate(rotated)),
             HEAD_HALF=head_half,
-            ROTARY_HALF=head_half if cos is None else cos.shape[-1] // 2,
-            WHOLE_BLOCKS=all(x.shape[-1] % (2 * head_half) == 0 and x.shape[-1] // 2 % sizes["BJ"] == 0 for x in xs),
+            ROTARY_HALF=rotary_half,
+            WHOLE_BLOCKS=all(count % (2 * head_half) == 0 and count // 2 % sizes["BJ"] == 0 for count in channels),
+            **_words((*xs, *states), (*channels, head_half, rotary_half)),
             BR=_RANK_BLOCK,
             PROJECTION_DOT=_dot_type(filter_weights[0].dtype),
             FILTER_DOT=_dot_type(filter_weights[0].dtype, bases[0].dtype),

@@ -185,6 +185,24 @@ def test_a_token_of_a_longer_sequence(batch: int, device: torch.device) -> None:
         assert torch.equal(y, want)
 
 
+def at_an_odd_place(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, but not where a number of several elements may begin."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", ["xs", "states"])
+def test_memory_that_is_not_aligned(which: str, dtype: torch.dtype, device: torch.device) -> None:
+    arguments = Step(batch=3, dtype=dtype, parameter_dtype=dtype, device=device).arguments()
+    again = {**arguments, "states": [state.clone() for state in arguments["states"]]}
+    again[which] = [at_an_odd_place(tensor) for tensor in again[which]]
+    assert all(tensor.data_ptr() % 8 for tensor in again[which])
+    for y, want in zip(decode_step(**again), decode_step(**arguments), strict=True):
+        assert torch.equal(y, want)
+    for state, want in zip(again["states"], arguments["states"], strict=True):
+        assert torch.equal(state, want)
+
+
 def test_opcheck(device: torch.device) -> None:
     step, operator = Step(batch=2, device=device), torch.ops.dynconv_hf_kernels.decode_step.default
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
