@@ -23,7 +23,7 @@ from .decode_ops import MAX_GROUP
 from .decode_rotary import halves, pair_channels, turn
 from .decode_tile import tile
 from .decode_token import one_token
-from .launch import INTERPRETED, on_device
+from .launch import INTERPRETED, on_device, up_to_registers
 
 __all__ = ["decode_step"]
 
@@ -223,10 +223,8 @@ def _block_sizes(batch: int, hidden: int, filter_size: int, kernel_size: int, he
     if batch > 1:
         pairs = pairs if kernel_size <= 4 else _PAIRS // 2
         return {"BI": 16, "BJ": pairs, "PARTS": _WARPS, "BK": 16, "STAGES": 3, "num_warps": _WARPS}
-    sizes = {"BJ": pairs, "STAGES": 3, "num_warps": _WARPS}
-    if torch.version.hip is None:
-        # Left alone, the compiler saves registers, which nobody else wants, and asks for some when others have come.
-        sizes["maxnreg"] = 248
+    # With fewer registers the compiler would ask for some of the data when other has come.
+    sizes = {"BJ": pairs, "STAGES": 3, "num_warps": _WARPS, **up_to_registers(248)}
     # 16 bytes for each thread, and as many parts together as registers hold.
     columns = _WARPS * 32 * 16 // (_RANK_BLOCK * filter_size)
     parts = min(16 if kernel_size <= 4 else 8, triton.next_power_of_2(triton.cdiv(hidden, columns)))

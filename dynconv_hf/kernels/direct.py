@@ -11,7 +11,7 @@ import triton
 
 from .direct_backward import direct_backward_kernel
 from .direct_forward import direct_forward_kernel
-from .launch import flat_rows, multiprocessors, on_device, rows, state_rows
+from .launch import flat_rows, multiprocessors, on_device, rows, state_rows, up_to_registers
 from .reduction import sum_partials
 
 __all__ = ["backward", "forward"]
@@ -19,8 +19,6 @@ __all__ = ["backward", "forward"]
 _FORWARD_WARPS = 4
 # Smaller programs: more of them side by side, for as many registers.
 _BACKWARD_WARPS = 2
-# Tokens of a run whose loads are under way, in shared memory, while others are computed.
-_AHEAD = 8
 # Channels of a thread: 16 bytes of bfloat16, or half of that, where gradients take twice the registers.
 _FORWARD_VECTOR = 8
 _BACKWARD_VECTOR = 4
@@ -112,8 +110,8 @@ def forward(
         return y
     heads, kernel_size = _heads_and_kernel_size(filters, static_filter)
     head_size = channels // heads
-    step = _step(kernel_size, head_size)
     x_rows, f_rows, position_rows = rows(x), _filter_rows(filters, x), flat_rows(positions, x)
+    step = 4 if kernel_size <= 4 else 2
     division = _divide_channels(heads, head_size, _FORWARD_VECTOR, _FORWARD_WARPS, kernel_size, f_rows.words)
     chunks = triton.cdiv(tokens, division.sizes["RUNS"] * _FORWARD_RUN)
     with on_device(x):
@@ -146,7 +144,7 @@ def forward(
             HAS_POSITIONS=positions is not None,
             HAS_STATE=initial_state is not None and kernel_size > 1,
             U=step,
-            STAGES=1 + _AHEAD // step,
+            STAGES=_stages(kernel_size, step),
             num_warps=_FORWARD_WARPS,
             **division.sizes,
         )
@@ -176,9 +174,9 @@ def backward(
     batch, tokens, channels = x.shape
     heads, kernel_size = _heads_and_kernel_size(filters, static_filter)
     head_size = channels // heads
-    step = _step(kernel_size, head_size)
     dy_rows, x_rows, f_rows, position_rows = rows(dy), rows(x), _filter_rows(filters, x), flat_rows(positions, x)
     division = _divide_channels(heads, head_size, _BACKWARD_VECTOR, _BACKWARD_WARPS, kernel_size, f_rows.words)
+    step = _backward_step(kernel_size, f_rows.words)
     run = _backward_run(batch, tokens, division, step, x.device)
     chunks = batch * triton.cdiv(tokens, division.sizes["RUNS"] * run)
     ds_partials = torch.empty(chunks, kernel_size * channels, dtype=torch.float32, device=x.device)
@@ -226,8 +224,9 @@ def backward(
             HAS_STATE=initial_state is not None and kernel_size > 1,
             LANES=division.lanes,
             U=step,
-            STAGES=1 + _AHEAD // step,
+            STAGES=_stages(kernel_size, step),
             num_warps=_BACKWARD_WARPS,
+            **(up_to_registers(255) if kernel_size > 4 else {}),
             **division.sizes,
         )
     if dfilters is not None and division.parts > 1:
@@ -245,12 +244,20 @@ def _backward_run(batch: int, tokens: int, division: _Division, step: int, devic
     return triton.cdiv(run, step) * step
 
 
-def _step(kernel_size: int, head_size: int) -> int:
-    """Tokens of a step: no fewer than the W - 1 that a step passes on, or the compiler does not fetch loads ahead.
+def _backward_step(kernel_size: int, words: int) -> int:
+    """Tokens of a step: the fewer, the faster it is compiled, in a time that grows with the square of the length.
 
-    Where a thread holds two long filters of each token, so many tokens would not fit into registers.
+    Two are enough where a head's taps are few words, which are not so many loads; without filters, four compile fast.
     """
-    return 8 if kernel_size > 5 and head_size > 1 else 4
+    return 2 if kernel_size >= 4 and 0 < words <= 2 else 4
+
+
+def _stages(kernel_size: int, step: int) -> int:
+    """One step is computed while the loads of the others are under way, in shared memory, as far as registers for
+    their addresses allow.
+    """
+    tokens_under_way = 8 if kernel_size <= 4 else 4
+    return 1 + tokens_under_way // step
 
 
 def _heads_and_kernel_size(filters: torch.Tensor | None, static_filter: torch.Tensor | None) -> tuple[int, int]:

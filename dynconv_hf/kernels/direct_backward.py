@@ -6,6 +6,7 @@ import triton.language as tl
 from .direct_tiles import (
     as_words,
     block_channels,
+    carry,
     load_before,
     load_positions,
     load_static,
@@ -211,7 +212,7 @@ def direct_backward_kernel(
         if start == 0:
             # What the first tokens give to the state.
             dstate_W = _zeros(STATE, RUNS, BH * BP)
-            for u in tl.static_range(STATE):
+            for u in tl.range(0, STATE, num_stages=1, loop_unroll_factor=1):
                 dstate_W = _load_and_advance_dx(
                     dstate_W,
                     dy_ptr + u * dy_stride_t,
@@ -281,6 +282,7 @@ def direct_backward_kernel(
             if WORDS > 0:
                 u_ptr = df_words_ptr + u * (HEADS * DF_WORDS)
                 _store_df(u_ptr, df_W, row_I < T, df_offset_IL, head_L < HEADS, lane_L, DF_TYPE, W, DF_WORD, LANES)
+        x_W = carry(x_W, U)
         dy_ptr += U * dy_stride_t
         x_ptr += U * x_stride_t
         dx_ptr += U * D
@@ -317,6 +319,7 @@ def direct_backward_kernel(
         )
         dx_W = dx_W[:STATE]
     if HAS_STATIC:
-        ds_ptr += (chunk.to(tl.int64) * W) * D
+        # L % U is zero, but the compiler does not know: it finds the chunk anew, and keeps no register for it.
+        ds_ptr += (((tl.program_id(0) + L % U) // blocks).to(tl.int64) * W) * D
         for w in tl.static_range(W):
             tl.store(ds_ptr + w * D + d_J, tl.sum(ds_W[w], axis=0), mask=keep_J)

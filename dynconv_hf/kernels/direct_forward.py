@@ -6,6 +6,7 @@ import triton.language as tl
 from .direct_tiles import (
     as_words,
     block_channels,
+    carry,
     load_before,
     load_positions,
     load_static,
@@ -101,6 +102,7 @@ def direct_forward_kernel(
             x_W = x_W[: W - 1]
             inside_I = (start + i + u + run_I < T)[:, None]
             tl.store(y_ptr + u * D + y_offset_IJ, y_IJ.to(y_ptr.dtype.element_ty), mask=inside_I & keep_J[None, :])
+        x_W = carry(x_W, U)
         x_ptr += U * x_stride_t
         y_ptr += U * D
         words_ptr += U * f_stride_t

@@ -116,6 +116,19 @@ def tap_filter(words, s_W, w: tl.constexpr, W: tl.constexpr, dtype: tl.constexpr
 
 
 @triton.jit
+def carry(x_W, NEW: tl.constexpr):
+    """The same tiles, for the next step of a loop; the first NEW of them are made in this one.
+
+    Triton fetches ahead only in loops that hand on nothing but results of this step's operations, and this is one to
+    Triton. LLVM, later, knows that nothing is to be done.
+    """
+    carried = x_W[:NEW]
+    for w in tl.static_range(NEW, len(x_W)):
+        carried += (tl.fma(x_W[w], 1.0, -0.0),)
+    return carried
+
+
+@triton.jit
 def load_static(s_ptr, d_J, keep_J, D: tl.constexpr, W: tl.constexpr, HAS_STATIC: tl.constexpr, ROWS: tl.constexpr):
     """The static filter, W (ROWS, J), float32; an empty tuple where there is none."""
     s_W = ()

@@ -8,7 +8,17 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "Rows", "dot_settings", "flat_rows", "multiprocessors", "on_device", "rows", "state_rows"]
+__all__ = [
+    "INTERPRETED",
+    "Rows",
+    "dot_settings",
+    "flat_rows",
+    "multiprocessors",
+    "on_device",
+    "rows",
+    "state_rows",
+    "up_to_registers",
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -82,3 +92,12 @@ def multiprocessors(device: torch.device) -> int:
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def up_to_registers(count: int) -> dict[str, int]:
+    """The launch option that lets a thread have so many registers, where there is one.
+
+    Left alone, NVIDIA's compiler saves some, for more programs side by side than there are, and puts into local memory
+    what then has no place.
+    """
+    return {"maxnreg": count} if torch.version.hip is None else {}

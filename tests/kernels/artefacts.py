@@ -1,6 +1,6 @@
 """Compiles kernels for sm_90 without a GPU and reads registers and spills from the artefact.
 
-    python tests/kernels/artefacts.py    # JSON lines: case, kernel, registers, spilled bytes, shared memory
+    python tests/kernels/artefacts.py    # JSON lines: case, kernel, registers, spilled bytes...
 
 Must run without TRITON_INTERPRET: interpreted kernels cannot be compiled.
 """
@@ -179,8 +179,9 @@ def report(wanted: str = "") -> Iterator[dict]:
     """One row for each kernel of each case whose name holds `wanted`."""
     for case, launcher, args in recordable(wanted):
         for kernel, kernel_args, kwargs in record(launcher, *args):
-            row = resources(compile_sm90(kernel, kernel_args, kwargs))
-            yield {"case": case, "kernel": kernel.fn.__name__, **row}
+            compiled = compile_sm90(kernel, kernel_args, kwargs)
+            copies = compiled.asm["ttgir"].count("async_copy_global_to_local")
+            yield {"case": case, "kernel": kernel.fn.__name__, **resources(compiled), "fetched_ahead": copies}
 
 
 if __name__ == "__main__":
