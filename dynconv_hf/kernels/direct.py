@@ -226,7 +226,7 @@ def backward(
             U=step,
             STAGES=_stages(kernel_size, step),
             num_warps=_BACKWARD_WARPS,
-            **(up_to_registers(255) if kernel_size > 4 else {}),
+            **(up_to_registers(255) if kernel_size > 4 or f_rows.words > 2 else {}),
             **division.sizes,
         )
     if dfilters is not None and division.parts > 1:
