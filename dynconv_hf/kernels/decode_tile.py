@@ -161,12 +161,13 @@ def tile(
         taps += (_stack(elements[W - 1 - w if w < W else 0]),)
     history_GP = _stack(taps).to(x_ptr.dtype.element_ty, bitcast=True)
     history_IPC = tl.permute(tl.reshape(history_GP, (BI, BC, TAPS)), 0, 2, 1).to(tl.float32)
-    # As for one token.
+    # `where`, not a product with the mask: what a token must not see may be inf or nan.
     seen_IP = (w_P < W)[None, :] & (position_I[:, None] >= w_P[None, :])
     term_IPC = tl.where(seen_IP[:, :, None], filter_IPC * history_IPC, 0.0)
     if RESIDUAL:
         term_IPC += tl.where((w_P == 0)[None, :, None], history_IPC, 0.0)
     if W > 1:
+        # Every thread has read the old state before any writes the new one.
         tl.debug_barrier()
         for n in tl.static_range(W - 1):
             tl.store(state_G_ptr + n, _pack(elements[1:], n, WORD, SLOTS), mask=keep_G)
