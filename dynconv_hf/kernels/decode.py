@@ -31,6 +31,8 @@ _RANK_BLOCK = 16
 # Pairs of channels that a program has.
 _PAIRS = 32
 _WARPS = 8
+# Of the loads that make a tile's coefficients.
+_STAGES = 3
 # By their bytes.
 _BITS = {2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 # Of a tile of tokens, where registers allow: there is more than one program for each processor, and so they run side
@@ -219,23 +221,26 @@ def _block_sizes(batch: int, hidden: int, filter_size: int, kernel_size: int, he
     pairs = _PAIRS if head_half % _PAIRS == 0 or head_half % (_PAIRS // 2) else _PAIRS // 2
     if batch > 1 and filter_size == 2:
         warps = _TILE_WARPS if kernel_size <= 4 else _WARPS
-        return {"BI": 16, "BJ": pairs, "PARTS": warps, "BK": 512 // warps, "STAGES": 3, "num_warps": warps}
+        return {"BI": 16, "BJ": pairs, "PARTS": warps, "BK": 512 // warps, "num_warps": warps}
     if batch > 1:
         pairs = pairs if kernel_size <= 4 else _PAIRS // 2
-        return {"BI": 16, "BJ": pairs, "PARTS": _WARPS, "BK": 16, "STAGES": 3, "num_warps": _WARPS}
+        return {"BI": 16, "BJ": pairs, "PARTS": _WARPS, "BK": 16, "num_warps": _WARPS}
     # With fewer registers the compiler would ask for some of the data when other has come.
-    sizes = {"BJ": pairs, "STAGES": 3, "num_warps": _WARPS, **up_to_registers(248)}
+    sizes = {"BJ": pairs, "num_warps": _WARPS, **up_to_registers(248)}
     # 16 bytes for each thread, and as many parts together as registers hold.
     columns = _WARPS * 32 * 16 // (_RANK_BLOCK * filter_size)
     parts = min(16 if kernel_size <= 4 else 8, triton.next_power_of_2(triton.cdiv(hidden, columns)))
     return {"BI": 1, "PARTS": parts, "BK": columns, **sizes}
 
 
-def _words(tensors: Sequence[torch.Tensor], multiples: Sequence[int]) -> dict[str, Any]:
-    """How many channels of the tensors, read as bits, make a word: 8 bytes where all `multiples` allow it."""
+def _words(batch: int, tensors: Sequence[torch.Tensor], multiples: Sequence[int]) -> dict[str, Any]:
+    """How many channels of the tensors, read as bits, make a word: 8 bytes where all `multiples` allow it.
+
+    A single token is not read as words.
+    """
     size = tensors[0].element_size()
     slots = 8 // size
-    if any(n % slots for n in multiples) or any(tensor.data_ptr() % 8 for tensor in tensors):
+    if batch == 1 or any(n % slots for n in multiples) or any(tensor.data_ptr() % 8 for tensor in tensors):
         slots = 1
     return {"SLOTS": slots, "ELEMENT": _BITS[size], "WORD": _BITS[size * slots]}
 
@@ -290,7 +295,8 @@ def decode_step(
             xs[0] if cos is None else cos.contiguous(),
             xs[0] if sin is None else sin.contiguous(),
             batch,
-            *(tensor.shape[-1] for tensor in each(xs)),
+            *channels,
+            *channels[:1] * (MAX_GROUP - len(xs)),
             0 if positions is None or positions.shape[0] == 1 else positions.stride(0),
             0 if cos is None or cos.shape[0] == 1 else cos.shape[-1],
             ends[1],
@@ -306,8 +312,9 @@ def decode_step(
             HEAD_HALF=head_half,
             ROTARY_HALF=rotary_half,
             WHOLE_BLOCKS=all(count % (2 * head_half) == 0 and count // 2 % sizes["BJ"] == 0 for count in channels),
-            **_words((*xs, *states), (*channels, head_half, rotary_half)),
+            **_words(batch, (*xs, *states), (*channels, head_half, rotary_half)),
             BR=_RANK_BLOCK,
+            STAGES=_STAGES,
             PROJECTION_DOT=_dot_type(filter_weights[0].dtype),
             FILTER_DOT=_dot_type(filter_weights[0].dtype, bases[0].dtype),
             # Contraction of what is not `tl.fma` would skip roundings.

@@ -111,6 +111,7 @@ def forward(
     heads, kernel_size = _heads_and_kernel_size(filters, static_filter)
     head_size = channels // heads
     x_rows, f_rows, position_rows = rows(x), _filter_rows(filters, x), flat_rows(positions, x)
+    # As for `_backward_step`; kernels of short filters are short enough.
     step = 4 if kernel_size <= 4 else 2
     division = _divide_channels(heads, head_size, _FORWARD_VECTOR, _FORWARD_WARPS, kernel_size, f_rows.words)
     chunks = triton.cdiv(tokens, division.sizes["RUNS"] * _FORWARD_RUN)

@@ -1,6 +1,6 @@
 """Compiles kernels for sm_90 without a GPU and reads registers and spills from the artefact.
 
-    python tests/kernels/artefacts.py    # JSON lines: case, kernel, registers, spilled bytes...
+    python tests/kernels/artefacts.py    # JSON lines: case, kernel, registers, spilled bytes, ...
 
 Must run without TRITON_INTERPRET: interpreted kernels cannot be compiled.
 """
@@ -176,7 +176,7 @@ def recordable(wanted: str = "") -> Iterator[tuple[str, Callable, tuple]]:
 
 
 def report(wanted: str = "") -> Iterator[dict]:
-    """One row for each kernel of each case whose name holds `wanted`."""
+    """One row for each kernel of each case whose name holds `wanted`; fetched_ahead: loads that a loop does early."""
     for case, launcher, args in recordable(wanted):
         for kernel, kernel_args, kwargs in record(launcher, *args):
             compiled = compile_sm90(kernel, kernel_args, kwargs)

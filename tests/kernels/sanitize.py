@@ -56,7 +56,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "lowrank fp16 W3", replace(HALF, dtype=torch.float16, kernel_size=3, rank=5)
     for head_size in (1, 4, 64, 256):
         yield f"headwise P{head_size}", replace(WIDE, mode="headwise", heads=256 // head_size, **MASKED)
-    # Of more than 5 taps fewer tokens are under way.
+    # Long filters have steps of their own.
     yield "headwise W8", replace(WIDE, mode="headwise", kernel_size=8, **MASKED)
     for layout in ("slice", "channels first", "tokens first"):
         yield f"lowrank {layout}", replace(WIDE, layout=layout)
