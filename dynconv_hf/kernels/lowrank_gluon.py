@@ -183,10 +183,9 @@ def forward_group(
     batch, tokens, _ = xs[0].shape
     ys = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
     block = FORWARD_WARPS * WARP_CHANNELS
-    tile = RUNS * FORWARD_RUN_LENGTH
     group = _kernel_inputs(xs, coefficients, bases, static_filters, positions, initial_states, rotary)
     with torch.cuda.device(xs[0].device):
-        lowrank_forward_kernel[(sum(group["channels"]) // block, -(-tokens // tile), batch)](
+        lowrank_forward_kernel[(sum(group["channels"]) // block, -(-tokens // (RUNS * FORWARD_RUN_LENGTH)), batch)](
             **group,
             y_ptrs=tuple(ys),
             T=tokens,
@@ -194,7 +193,6 @@ def forward_group(
             WARPS=FORWARD_WARPS,
             STAGES=FORWARD_STAGES,
             RESIDUAL=residual,
-            TAIL=tokens % tile != 0,
             num_warps=FORWARD_WARPS,
         )
     return ys
@@ -265,7 +263,6 @@ def backward_group(
             WARPS=plan.warps,
             STAGES=BACKWARD_STAGES,
             RESIDUAL=residual,
-            TAIL=tokens % (RUNS * plan.run_length) != 0,
             num_warps=plan.warps,
         )
         dz_programs = -(-chunks * pairs * 2 * RUNS // DZ_ROWS)

@@ -26,6 +26,15 @@ from .lowrank_gluon_rotary import (
     rotate_pair,
     rotation_sign,
 )
+from .packed_tiles import (
+    packed,
+    packed_rows_layout,
+    product,
+    tokens_of_pair,
+    transposed,
+    where_reached,
+    widened,
+)
 from .run_permuted_layout import (
     RANKS,
     RUNS,
@@ -37,12 +46,14 @@ from .run_permuted_layout import (
     channel_of,
     chosen,
     coefficients_of_pair,
+    copied_channels,
     copied_runs,
+    copied_tokens,
     copy_pair,
-    copy_source,
     filters_of_pair,
     lane_channels,
     lane_layout,
+    lane_positions,
     load_basis,
     load_coefficients,
     load_halo,
@@ -51,11 +62,8 @@ from .run_permuted_layout import (
     mma_layout,
     product_columns,
     ring_layout,
-    row_layout,
     run_starts,
     store_coefficients,
-    tokens_of_pair,
-    where_reached,
 )
 
 __all__ = ["lowrank_backward_kernel"]
@@ -95,13 +103,11 @@ def lowrank_backward_kernel(
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     RESIDUAL: gl.constexpr,
-    TAIL: gl.constexpr,
 ):
     """Grid (sum of channels / (32 * WARPS), ceil(T / (8 * L)), B). L is even, from 2 * STAGES - 2 to MAX_L.
 
     Names in the plural are tuples, an element for each member of the group; `x_strides` in vectors of 16 bytes.
-    HEAD_DIM is 0 without RoPE; `rotary_tokens` is T, or 0 where all sequences share cos and sin. TAIL: T is no
-    multiple of 8 * L.
+    HEAD_DIM is 0 without RoPE; `rotary_tokens` is T, or 0 where all sequences share cos and sin.
     dz_partial: (blocks of all members, B * chunks, L / 2, 16, 16), rows in tile order. du_partial: (B * chunks, 16, 4,
     D) of each member, one after the other.
     """
@@ -128,10 +134,14 @@ def lowrank_backward_kernel(
 
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, RUNS, BLOCK], ring_layout())
     dy_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, RUNS, BLOCK], ring_layout())
-    x_source = copy_source(x_ptr, L, x_stride, HEAD_DIM, WARPS)
-    dy_source = copy_source(dy_ptr, L, D, HEAD_DIM, WARPS)
+    # A pointer that all threads share and offsets of 32 bits: pointers of its own to both would cost each thread four
+    # registers more through the loop.
+    x_source = x_ptr
+    dy_source = dy_ptr
+    x_offsets = (copied_runs(WARPS) * L + copied_tokens(WARPS)) * x_stride + copied_channels(HEAD_DIM, WARPS)
+    dy_offsets = (copied_runs(WARPS) * L + copied_tokens(WARPS)) * D + copied_channels(HEAD_DIM, WARPS)
     # How many tokens of a run to copy: none past its end, and none beyond the sequence.
-    steps = gl.minimum(left - copied_runs(WARPS) * L, L) if TAIL else L + copied_runs(WARPS) * 0
+    steps = gl.minimum(left - copied_runs(WARPS) * L, L)
     if HEAD_DIM > 0:
         rotated = is_rotated(ROTATED, member, T)
         sign = rotation_sign(1, WARPS)
@@ -140,10 +150,10 @@ def lowrank_backward_kernel(
         cos_ptr += first_angle
         sin_ptr += first_angle
         angles = angles_source(cos_ptr, sin_ptr, L, HEAD_DIM, WARPS)
-        angle_steps = angles_steps(rotated, left, L, HEAD_DIM, TAIL, WARPS)
+        angle_steps = angles_steps(rotated, left, L, HEAD_DIM, WARPS)
     for stage in gl.static_range(STAGES - 1):
-        copy_pair(x_ring.index(stage), x_source, x_stride, 2 * stage, steps, WARPS)
-        copy_pair(dy_ring.index(stage), dy_source, D, 2 * stage, steps, WARPS)
+        copy_pair(x_ring.index(stage), x_source, x_offsets, 2 * stage, steps, WARPS)
+        copy_pair(dy_ring.index(stage), dy_source, dy_offsets, 2 * stage, steps, WARPS)
         x_source += 2 * x_stride
         dy_source += 2 * D
         if HEAD_DIM > 0:
@@ -160,9 +170,9 @@ def lowrank_backward_kernel(
     # The two pairs after each run: their taps reach back into it.
     z_after = load_coefficients(coefficients_ptr, L, 4 * RUNS, L, L + 4, left, R, z_stride, WARPS)
     basis = load_basis(basis_ptr, static_ptr, R, D, HEAD_DIM, WARPS)
-    x_3 = load_halo(x_ptr, state_ptr, 3, start, T, L, x_stride, D, HEAD_DIM, WARPS)
-    x_2 = load_halo(x_ptr, state_ptr, 2, start, T, L, x_stride, D, HEAD_DIM, WARPS)
-    x_1 = load_halo(x_ptr, state_ptr, 1, start, T, L, x_stride, D, HEAD_DIM, WARPS)
+    x_3 = packed(load_halo(x_ptr, state_ptr, 3, start, T, L, x_stride, D, HEAD_DIM, WARPS))
+    x_2 = packed(load_halo(x_ptr, state_ptr, 2, start, T, L, x_stride, D, HEAD_DIM, WARPS))
+    x_1 = packed(load_halo(x_ptr, state_ptr, 1, start, T, L, x_stride, D, HEAD_DIM, WARPS))
     z_after_shared = allocate_coefficients(2)
     store_coefficients(z_after_shared, 0, z_after)
     if positions_ptr is not None:
@@ -212,8 +222,8 @@ def lowrank_backward_kernel(
             dy_0, dy_next = rotate_pair(dy_0, dy_next, rotated, of_pair, sign, HEAD_DIM, WARPS)
         # The copies past the end are masked, not skipped: the count of groups in flight stays the same.
         ahead = pair + STAGES - 1
-        copy_pair(x_ring.index(ahead % STAGES), x_source, x_stride, 2 * ahead, steps, WARPS)
-        copy_pair(dy_ring.index(ahead % STAGES), dy_source, D, 2 * ahead, steps, WARPS)
+        copy_pair(x_ring.index(ahead % STAGES), x_source, x_offsets, 2 * ahead, steps, WARPS)
+        copy_pair(dy_ring.index(ahead % STAGES), dy_source, dy_offsets, 2 * ahead, steps, WARPS)
         x_source += 2 * x_stride
         dy_source += 2 * D
         if HEAD_DIM > 0:
@@ -221,19 +231,14 @@ def lowrank_backward_kernel(
             angles += 2 * HEAD_DIM
         async_copy.commit_group()
 
-        reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(WARPS))
+        reach = None if positions_ptr is None else reach_shared.index(pair).load(packed_rows_layout(WARPS))
 
         z_operand = coefficients_of_pair(z_shared, pair).load(gl.DotOperandLayout(0, mma, 2))
         filters = mma_v2(z_operand, filter_basis.load(gl.DotOperandLayout(1, mma, 2)), zero)
         done_3, done_2, dx_3, dx_2, dx_1 = advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, reach, RESIDUAL, WARPS)
         # What a run's first tokens add to dx of the tokens before it, the run before it adds too.
-        mask_3 = pair + run * 0 > 1
-        mask_2 = pair + run * 0 > 0
-        if TAIL:
-            mask_3 = mask_3 & (2 * pair - 3 < left_of_run)
-            mask_2 = mask_2 & (2 * pair - 2 < left_of_run)
-        gl.store(destination, done_3, mask=mask_3)
-        gl.store(destination + D, done_2, mask=mask_2)
+        gl.store(destination, done_3, mask=(pair > 1) & (2 * pair - 3 < left_of_run))
+        gl.store(destination + D, done_2, mask=(pair > 0) & (2 * pair - 2 < left_of_run))
         destination += 2 * D
 
         g_0 = product(dy_0, where_reached(x_0, reach, 0))
@@ -285,16 +290,18 @@ def lowrank_backward_kernel(
     again = L % 2
     run = run_starts(L, WARPS) + (L + again)
     left_after = left - run
-    after = dy_ptr + (run * D + (lane_channels(HEAD_DIM, WARPS) + again * VECTOR))
-    dy_0 = gl.load(after, mask=left_after > 0, other=0.0)
-    dy_next = gl.load(after + D, mask=left_after > 1, other=0.0)
-    dy_last = gl.load(after + 2 * D, mask=left_after > 2, other=0.0)
+    zero_after = again.to(gl.bfloat16)
+    position = lane_positions(WARPS) + again * WARP_CHANNELS
+    after = dy_ptr + (run * D + channel_of(position, HEAD_DIM))
+    dy_0 = packed(gl.load(after, mask=left_after > 0, other=zero_after))
+    dy_next = packed(gl.load(after + D, mask=left_after > 1, other=zero_after))
+    dy_last = packed(gl.load(after + 2 * D, mask=left_after > 2, other=zero_after))
     if HEAD_DIM > 0:
         dy_0, dy_next, dy_last = rotate_after_runs(
-            dy_0, dy_next, dy_last, rotated, cos_ptr, sin_ptr, left_after, L, sign, HEAD_DIM, WARPS
+            dy_0, dy_next, dy_last, rotated, cos_ptr, sin_ptr, run, position, left_after, sign, HEAD_DIM
         )
-    reach = None if positions_ptr is None else reach_after_shared.index(0).load(row_layout(WARPS))
-    reach_last = None if positions_ptr is None else reach_after_shared.index(1).load(row_layout(WARPS))
+    reach = None if positions_ptr is None else reach_after_shared.index(0).load(packed_rows_layout(WARPS))
+    reach_last = None if positions_ptr is None else reach_after_shared.index(1).load(packed_rows_layout(WARPS))
     z_operand = coefficients_of_pair(z_after_shared, 0).load(gl.DotOperandLayout(0, mma, 2))
     filters = mma_v2(z_operand, filter_basis.load(gl.DotOperandLayout(1, mma, 2)), zero)
     done_3, done_2, dx_3, dx_2, dx_1 = advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, reach, RESIDUAL, WARPS)
@@ -302,17 +309,13 @@ def lowrank_backward_kernel(
     filters = mma_v2(z_operand, filter_basis.load(gl.DotOperandLayout(1, mma, 2)), zero)
     # Of this pair only the first token matters, and of what it completes only the oldest.
     done_1, _, _, _, _ = advance_dx(filters, dy_last, dy_last, dx_3, dx_2, dx_1, reach_last, RESIDUAL, WARPS)
-    if TAIL:
-        gl.store(destination, done_3, mask=left_after > -3)
-        gl.store(destination + D, done_2, mask=left_after > -2)
-        gl.store(destination + 2 * D, done_1, mask=left_after > -1)
-    else:
-        gl.store(destination, done_3)
-        gl.store(destination + D, done_2)
-        gl.store(destination + 2 * D, done_1)
+    gl.store(destination, done_3, mask=left_after > -3)
+    gl.store(destination + D, done_2, mask=left_after > -2)
+    gl.store(destination + 2 * D, done_1, mask=left_after > -1)
 
     # Where the member's partial sums of du begin: behind those of all channels of the members before it.
-    before = (gl.program_id(0) * BLOCK - channel).to(gl.int64) * gl.num_programs(1) * gl.num_programs(2)
+    chunk = (batch + again) * gl.num_programs(1) + gl.program_id(1)
+    before = (gl.program_id(0) * BLOCK - channel + again).to(gl.int64) * gl.num_programs(1) * gl.num_programs(2)
     du_partial_ptr += (before + chunk * D) * (RANKS * TAPS) + channel
     store_du(du, du_partial_ptr, R, D, static_ptr is not None, HEAD_DIM, WARPS)
 
@@ -324,38 +327,17 @@ def advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, reach, RESIDUAL: gl.con
     Returns those two in bfloat16, and dx of the last three tokens, oldest first.
     """
     k_0, k_1, k_2, k_3, n_0, n_1, n_2, n_3 = filters_of_pair(filters, warps)
-    done_3 = gl.fma(k_3, where_reached(dy_0, reach, 3).to(gl.float32), dx_3)
-    done_2 = gl.fma(k_2, where_reached(dy_0, reach, 2).to(gl.float32), dx_2)
-    done_2 = gl.fma(n_3, where_reached(dy_next, reach, 7).to(gl.float32), done_2)
-    dx_3 = gl.fma(k_1, where_reached(dy_0, reach, 1).to(gl.float32), dx_1)
-    dx_3 = gl.fma(n_2, where_reached(dy_next, reach, 6).to(gl.float32), dx_3)
-    own = where_reached(dy_0, reach, 0).to(gl.float32)
-    own_next = where_reached(dy_next, reach, 4).to(gl.float32)
-    dx_2 = gl.fma(k_0, own, dy_0.to(gl.float32)) if RESIDUAL else k_0 * own
-    dx_2 = gl.fma(n_1, where_reached(dy_next, reach, 5).to(gl.float32), dx_2)
-    dx_1 = gl.fma(n_0, own_next, dy_next.to(gl.float32)) if RESIDUAL else n_0 * own_next
+    done_3 = gl.fma(k_3, widened(where_reached(dy_0, reach, 3)), dx_3)
+    done_2 = gl.fma(k_2, widened(where_reached(dy_0, reach, 2)), dx_2)
+    done_2 = gl.fma(n_3, widened(where_reached(dy_next, reach, 7)), done_2)
+    dx_3 = gl.fma(k_1, widened(where_reached(dy_0, reach, 1)), dx_1)
+    dx_3 = gl.fma(n_2, widened(where_reached(dy_next, reach, 6)), dx_3)
+    own = widened(where_reached(dy_0, reach, 0))
+    own_next = widened(where_reached(dy_next, reach, 4))
+    dx_2 = gl.fma(k_0, own, widened(dy_0)) if RESIDUAL else k_0 * own
+    dx_2 = gl.fma(n_1, widened(where_reached(dy_next, reach, 5)), dx_2)
+    dx_1 = gl.fma(n_0, own_next, widened(dy_next)) if RESIDUAL else n_0 * own_next
     return done_3.to(gl.bfloat16), done_2.to(gl.bfloat16), dx_3, dx_2, dx_1
-
-
-@gluon.jit
-def product(a, b):
-    """a * b in bfloat16, two at a time; as a fused multiply-add of -0, since the plain product needs Hopper."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }",
-        "=r,r,r",
-        [a, b],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def transposed(x):
-    """Each 8 x 8 that a register of a warp holds, transposed."""
-    return gl.inline_asm_elementwise(
-        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
-    )
 
 
 @gluon.jit

@@ -16,6 +16,7 @@ from .lowrank_gluon_rotary import (
     rotate_pair,
     rotation_sign,
 )
+from .packed_tiles import packed, packed_rows_layout, tokens_of_pair, unpacked, where_reached, widened
 from .run_permuted_layout import (
     RANKS,
     RUNS,
@@ -26,9 +27,10 @@ from .run_permuted_layout import (
     async_load,
     chosen,
     coefficients_of_pair,
+    copied_channels,
     copied_runs,
+    copied_tokens,
     copy_pair,
-    copy_source,
     filters_of_pair,
     lane_channels,
     load_basis,
@@ -39,11 +41,8 @@ from .run_permuted_layout import (
     mma_layout,
     product_columns,
     ring_layout,
-    row_layout,
     run_starts,
     store_coefficients,
-    tokens_of_pair,
-    where_reached,
 )
 
 __all__ = ["lowrank_forward_kernel"]
@@ -73,9 +72,8 @@ def lowrank_forward_kernel(
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     RESIDUAL: gl.constexpr,
-    TAIL: gl.constexpr,
 ):
-    """Grid (sum of channels / (32 * WARPS), ceil(T / (8 * L)), B). TAIL: T is no multiple of 8 * L.
+    """Grid (sum of channels / (32 * WARPS), ceil(T / (8 * L)), B).
 
     Names in the plural are tuples, an element for each member of the group; `x_strides` in vectors of 16 bytes.
     HEAD_DIM is 0 without RoPE; `rotary_tokens` is T, or 0 where all sequences share cos and sin.
@@ -101,9 +99,10 @@ def lowrank_forward_kernel(
     basis = load_basis(basis_ptr, static_ptr, R, D, HEAD_DIM, WARPS)
 
     ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, RUNS, BLOCK], ring_layout())
-    source = copy_source(x_ptr, L, x_stride, HEAD_DIM, WARPS)
+    source = x_ptr + (copied_runs(WARPS) * (L * x_stride) + copied_channels(HEAD_DIM, WARPS))
+    offsets = copied_tokens(WARPS) * x_stride
     # How many tokens of a run to copy: none past its end, and none beyond the sequence.
-    steps = gl.minimum(left - copied_runs(WARPS) * L, L) if TAIL else L + copied_runs(WARPS) * 0
+    steps = gl.minimum(left - copied_runs(WARPS) * L, L)
     if HEAD_DIM > 0:
         rotated = is_rotated(ROTATED, member, T)
         sign = rotation_sign(-1, WARPS)
@@ -112,18 +111,18 @@ def lowrank_forward_kernel(
         cos_ptr += first_angle
         sin_ptr += first_angle
         angles = angles_source(cos_ptr, sin_ptr, L, HEAD_DIM, WARPS)
-        angle_steps = angles_steps(rotated, left, L, HEAD_DIM, TAIL, WARPS)
+        angle_steps = angles_steps(rotated, left, L, HEAD_DIM, WARPS)
     for stage in gl.static_range(STAGES - 1):
-        copy_pair(ring.index(stage), source, x_stride, 2 * stage, steps, WARPS)
+        copy_pair(ring.index(stage), source, offsets, 2 * stage, steps, WARPS)
         source += 2 * x_stride
         if HEAD_DIM > 0:
             async_load(angles_ring.index(stage), angles, mask=2 * stage < angle_steps)
             angles += 2 * HEAD_DIM
         async_copy.commit_group()
 
-    x_3 = load_halo(x_ptr, state_ptr, 3, start, T, L, x_stride, D, HEAD_DIM, WARPS)
-    x_2 = load_halo(x_ptr, state_ptr, 2, start, T, L, x_stride, D, HEAD_DIM, WARPS)
-    x_1 = load_halo(x_ptr, state_ptr, 1, start, T, L, x_stride, D, HEAD_DIM, WARPS)
+    x_3 = packed(load_halo(x_ptr, state_ptr, 3, start, T, L, x_stride, D, HEAD_DIM, WARPS))
+    x_2 = packed(load_halo(x_ptr, state_ptr, 2, start, T, L, x_stride, D, HEAD_DIM, WARPS))
+    x_1 = packed(load_halo(x_ptr, state_ptr, 1, start, T, L, x_stride, D, HEAD_DIM, WARPS))
 
     z_shared = allocate_coefficients(PAIRS)
     store_coefficients(z_shared, 0, coefficients)
@@ -140,7 +139,7 @@ def lowrank_forward_kernel(
         async_copy.wait_group(STAGES - 2)
         # The copies past the end are masked, not skipped: the count of groups in flight stays the same.
         ahead = pair + STAGES - 1
-        copy_pair(ring.index(ahead % STAGES), source, x_stride, 2 * ahead, steps, WARPS)
+        copy_pair(ring.index(ahead % STAGES), source, offsets, 2 * ahead, steps, WARPS)
         source += 2 * x_stride
         if HEAD_DIM > 0:
             async_load(angles_ring.index(ahead % STAGES), angles, mask=2 * ahead < angle_steps)
@@ -150,18 +149,18 @@ def lowrank_forward_kernel(
         x_0, x_next = tokens_of_pair(ring.index(pair % STAGES), WARPS)
         z_operand = coefficients_of_pair(z_shared, pair).load(gl.DotOperandLayout(0, mma, 2))
         k_0, k_1, k_2, k_3, n_0, n_1, n_2, n_3 = filters_of_pair(mma_v2(z_operand, basis_operand, zero), WARPS)
-        reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(WARPS))
+        reach = None if positions_ptr is None else reach_shared.index(pair).load(packed_rows_layout(WARPS))
 
         y = filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, reach, 0, RESIDUAL)
         y_next = filtered(x_next, x_0, x_1, x_2, n_0, n_1, n_2, n_3, reach, 4, RESIDUAL)
         if HEAD_DIM > 0:
-            y, y_next = rotate_pair(y, y_next, rotated, angles_ring.index(pair % STAGES), sign, HEAD_DIM, WARPS)
-        if TAIL:
-            gl.store(destination, y, mask=2 * pair < left_of_run)
-            gl.store(destination + D, y_next, mask=2 * pair + 1 < left_of_run)
-        else:
-            gl.store(destination, y)
-            gl.store(destination + D, y_next)
+            y, y_next = rotate_pair(
+                packed(y), packed(y_next), rotated, angles_ring.index(pair % STAGES), sign, HEAD_DIM, WARPS
+            )
+            y = unpacked(y)
+            y_next = unpacked(y_next)
+        gl.store(destination, y, mask=2 * pair < left_of_run)
+        gl.store(destination + D, y_next, mask=2 * pair + 1 < left_of_run)
         destination += 2 * D
         x_3 = x_1
         x_2 = x_0
@@ -171,9 +170,9 @@ def lowrank_forward_kernel(
 @gluon.jit
 def filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, reach, bit: gl.constexpr, RESIDUAL: gl.constexpr):
     """One token of the convolution: x_w is the input w steps back, k_w its filter, `bit` + w its bit of `reach`."""
-    x = where_reached(x_0, reach, bit).to(gl.float32)
-    y = gl.fma(k_0, x, x_0.to(gl.float32)) if RESIDUAL else k_0 * x
-    y = gl.fma(k_1, where_reached(x_1, reach, bit + 1).to(gl.float32), y)
-    y = gl.fma(k_2, where_reached(x_2, reach, bit + 2).to(gl.float32), y)
-    y = gl.fma(k_3, where_reached(x_3, reach, bit + 3).to(gl.float32), y)
+    x = widened(where_reached(x_0, reach, bit))
+    y = gl.fma(k_0, x, widened(x_0)) if RESIDUAL else k_0 * x
+    y = gl.fma(k_1, widened(where_reached(x_1, reach, bit + 1)), y)
+    y = gl.fma(k_2, widened(where_reached(x_2, reach, bit + 2)), y)
+    y = gl.fma(k_3, widened(where_reached(x_3, reach, bit + 3)), y)
     return y.to(gl.bfloat16)

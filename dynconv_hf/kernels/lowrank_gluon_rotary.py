@@ -14,6 +14,7 @@ cos and sin come through a ring in shared memory of their own, beside that of th
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .packed_tiles import packed
 from .run_permuted_layout import RUNS, WARP_CHANNELS, lane_layout, lane_positions, run_starts
 
 __all__ = [
@@ -108,23 +109,18 @@ def angles_source(cos_ptr, sin_ptr, L, HEAD_DIM: gl.constexpr, warps: gl.constex
 
 
 @gluon.jit
-def angles_steps(rotated, left, L, HEAD_DIM: gl.constexpr, TAIL: gl.constexpr, warps: gl.constexpr):
+def angles_steps(rotated, left, L, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
     """How far copies of the angles go, [1, 2, G, 1]: pairs that begin before this many tokens of a run are copied."""
     token, run = angles_rows(HEAD_DIM, warps)
-    steps = gl.where(rotated, L, 0)
-    if TAIL:
-        return gl.minimum(left - run * L - token, steps)
-    else:
-        return steps + run * 0
+    return gl.minimum(left - run * L - token, gl.where(rotated, L, 0))
 
 
 @gluon.jit
-def load_angles(pointer, token, mask, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
-    """cos or sin of one token of each run, as a lane tile; `pointer` is to the block's first token."""
-    position = lane_positions(warps)
+def load_angles(pointer, token, position, mask, HEAD_DIM: gl.constexpr):
+    """cos or sin of one token of each run, as a packed tile; `pointer` is to the block's first token."""
     piece = position // 16
     frequency = position + (piece % (HEAD_DIM // 16) // 2 - piece) * 16
-    return gl.load(pointer + (token * HEAD_DIM + frequency), mask=mask, other=0.0)
+    return packed(gl.load(pointer + (token * HEAD_DIM + frequency), mask=mask, other=0.0))
 
 
 @gluon.jit
@@ -156,62 +152,42 @@ def for_each_head(angles, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
 
 @gluon.jit
 def rotation_sign(first: gl.constexpr, warps: gl.constexpr):
-    """The sign of what is multiplied by sin: `first` in the first half of a head, -first in the second; a lane tile.
+    """The sign of what is multiplied by sin: `first` in the first half of a head, -first in the second; a packed tile.
 
     `first` is -1 to rotate, 1 to rotate back.
     """
     second = lane_positions(warps) % WARP_CHANNELS // 16 + run_starts(0, warps)
-    return ((1 - 2 * second) * first).to(gl.bfloat16)
+    return packed(((1 - 2 * second) * first).to(gl.bfloat16))
 
 
 @gluon.jit
 def rotate_pair(y, y_next, rotated, stage, sign, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
-    # Through the branch in pairs, as registers hold them: one by one, they would be taken apart for it.
-    y = packed(y)
-    y_next = packed(y_next)
-    sign = packed(sign)
+    """Both tokens of a pair, packed; `sign` as well."""
     if rotated:
         cos, sin, cos_next, sin_next = angles_of_pair(stage, HEAD_DIM, warps)
         y = rotate(y, packed(cos), packed(sin), sign)
         y_next = rotate(y_next, packed(cos_next), packed(sin_next), sign)
-    return unpacked(y), unpacked(y_next)
-
-
-@gluon.jit
-def packed(tile):
-    """A lane tile of bfloat16 as one of int32: neighbouring channels in pairs."""
-    low, high = tile.reshape([tile.shape[0], tile.shape[1], tile.shape[2] // 2, 2]).split()
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def unpacked(tile):
-    low, high = gl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [tile], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
-    )
-    joined = gl.join(low, high).reshape([tile.shape[0], tile.shape[1], 2 * tile.shape[2]])
-    return gl.convert_layout(joined, lane_layout(tile.shape[0]), assert_trivial=True)
+    return y, y_next
 
 
 @gluon.jit
 def rotate_after_runs(
-    dy_0, dy_next, dy_last, rotated, cos_ptr, sin_ptr, left, L, sign, HEAD_DIM: gl.constexpr, warps: gl.constexpr
+    dy_0, dy_next, dy_last, rotated, cos_ptr, sin_ptr, token, position, left, sign, HEAD_DIM: gl.constexpr
 ):
-    """The three tokens after each run; pointers are to the block's first token, `left` counts tokens after the run."""
-    sign = packed(sign)
+    """The three tokens from `token` on, each run's own, packed; pointers are to the block's first token.
+
+    `left` counts the tokens of the sequence from `token` on; `position` is that of each element.
+    """
     if rotated:
-        token = run_starts(L, warps) + L
-        cos = load_angles(cos_ptr, token, left > 0, HEAD_DIM, warps)
-        sin = load_angles(sin_ptr, token, left > 0, HEAD_DIM, warps)
-        dy_0 = unpacked(rotate(packed(dy_0), packed(cos), packed(sin), sign))
-        cos = load_angles(cos_ptr, token + 1, left > 1, HEAD_DIM, warps)
-        sin = load_angles(sin_ptr, token + 1, left > 1, HEAD_DIM, warps)
-        dy_next = unpacked(rotate(packed(dy_next), packed(cos), packed(sin), sign))
-        cos = load_angles(cos_ptr, token + 2, left > 2, HEAD_DIM, warps)
-        sin = load_angles(sin_ptr, token + 2, left > 2, HEAD_DIM, warps)
-        dy_last = unpacked(rotate(packed(dy_last), packed(cos), packed(sin), sign))
+        cos = load_angles(cos_ptr, token, position, left > 0, HEAD_DIM)
+        sin = load_angles(sin_ptr, token, position, left > 0, HEAD_DIM)
+        dy_0 = rotate(dy_0, cos, sin, sign)
+        cos = load_angles(cos_ptr, token + 1, position, left > 1, HEAD_DIM)
+        sin = load_angles(sin_ptr, token + 1, position, left > 1, HEAD_DIM)
+        dy_next = rotate(dy_next, cos, sin, sign)
+        cos = load_angles(cos_ptr, token + 2, position, left > 2, HEAD_DIM)
+        sin = load_angles(sin_ptr, token + 2, position, left > 2, HEAD_DIM)
+        dy_last = rotate(dy_last, cos, sin, sign)
     return dy_0, dy_next, dy_last
 
 

@@ -43,9 +43,10 @@ __all__ = [
     "channel_of",
     "chosen",
     "coefficients_of_pair",
+    "copied_channels",
     "copied_runs",
+    "copied_tokens",
     "copy_pair",
-    "copy_source",
     "filters_of_pair",
     "lane_channels",
     "lane_layout",
@@ -62,8 +63,6 @@ __all__ = [
     "row_layout",
     "run_starts",
     "store_coefficients",
-    "tokens_of_pair",
-    "where_reached",
 ]
 
 RUNS = gl.constexpr(8)
@@ -173,21 +172,26 @@ def copied_runs(warps: gl.constexpr):
 
 
 @gluon.jit
-def copy_source(pointer, L, stride, HEAD_DIM: gl.constexpr, warps: gl.constexpr):
-    """Where copies read the first token of each run, [1, G, warps * C]; `pointer` is to the block's first token."""
+def copied_channels(HEAD_DIM: gl.constexpr, warps: gl.constexpr):
+    """The channel of each element of a copy, counted from the block's first: [1, 1, warps * C]."""
     layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, copy_layout(warps)))
-    position = gl.arange(0, warps * WARP_CHANNELS, layout)
-    return pointer + (copied_runs(warps) * (L * stride) + channel_of(position, HEAD_DIM)[None, None, :])
+    return channel_of(gl.arange(0, warps * WARP_CHANNELS, layout), HEAD_DIM)[None, None, :]
 
 
 @gluon.jit
-def copy_pair(stage, source, stride, step, steps, warps: gl.constexpr):
+def copied_tokens(warps: gl.constexpr):
+    """Which token of its pair each row of a copy is: [2, 1, 1]."""
+    return gl.arange(0, 2, gl.SliceLayout(1, gl.SliceLayout(2, copy_layout(warps))))[:, None, None]
+
+
+@gluon.jit
+def copy_pair(stage, source, offsets, step, steps, warps: gl.constexpr):
     """Starts to copy the tokens `step` and `step + 1` of each run; those from `steps` on ([1, G, 1]) become zero.
 
-    `source` is to the token `step`: pointers to both, carried from pair to pair, would not fit into the registers.
+    `source` + `offsets` points to both, [2, G, warps * C]. `source` goes on from pair to pair, `offsets` stays: all
+    these pointers, carried from pair to pair, would not fit into the registers.
     """
-    token = gl.arange(0, 2, gl.SliceLayout(1, gl.SliceLayout(2, copy_layout(warps))))[:, None, None]
-    async_load(stage, source + token * stride, mask=step + token < steps)
+    async_load(stage, source + offsets, mask=step + copied_tokens(warps) < steps)
 
 
 @gluon.jit
@@ -328,15 +332,6 @@ def filters_of_pair(product, warps: gl.constexpr):
 
 
 @gluon.jit
-def tokens_of_pair(stage, warps: gl.constexpr):
-    """Both tokens of a pair from a stage of the ring, as lane tiles."""
-    lanes: gl.constexpr = lane_layout(warps)
-    tile = stage.load(ring_load_layout(warps)).reshape([2, RUNS, warps, WARP_CHANNELS])
-    first, second = tile.permute([2, 1, 3, 0]).split()
-    return gl.convert_layout(first, lanes, assert_trivial=True), gl.convert_layout(second, lanes, assert_trivial=True)
-
-
-@gluon.jit
 def load_halo(
     x_ptr, state_ptr, back: gl.constexpr, start, T, L, stride, D, HEAD_DIM: gl.constexpr, warps: gl.constexpr
 ):
@@ -353,21 +348,3 @@ def load_halo(
         state = gl.load(state_ptr + zeros + ((TAPS - 1 - back) * D + channels), mask=zeros + token == 0, other=0.0)
         halo = gl.where(zeros + token == 0, state, halo)
     return halo
-
-
-@gluon.jit
-def where_reached(x, reach, bit: gl.constexpr):
-    """x (bfloat16) where the tap of `bit` counts, else zero; a choice, not a product: x may be inf or nan there."""
-    if reach is None:
-        return x
-    else:
-        # Two at a time; `where` would take each pair apart and put it together again, and the backward would spill.
-        reached = (reach & (1 << bit))[None, :, None] + gl.zeros_like(x).to(gl.int32)
-        return gl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.u32 p, $2, 0; selp.b32 $0, $1, 0, p; }",
-            "=r,r,r,r",
-            [x, reached],
-            dtype=gl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
