@@ -28,7 +28,6 @@ COMMON = {
     "R": 15,
     "HEAD_DIM": 0,
     "RESIDUAL": True,
-    "TAIL": False,
 }
 # What differs between the members of a group. In channels and strides the compiler is told a factor of 16.
 MEMBER = {
@@ -53,9 +52,8 @@ BACKWARD = {
 }
 VARIANTS = {
     "common": {},
-    "tail": {"TAIL": True},
     "positions": {"positions_ptr": "*i64"},
-    "all": {"TAIL": True, "positions_ptr": "*i64", "state_ptrs": "*bf16"},
+    "all": {"positions_ptr": "*i64", "state_ptrs": "*bf16"},
     "float32 parameters": {"basis_ptrs": "*fp32", "static_ptrs": "*fp32"},
     "no static filter": {"static_ptrs": None, "R": 16, "RESIDUAL": False},
 }
@@ -73,13 +71,13 @@ def cases() -> Iterator[tuple]:
     yield "backward, group", backward, COMMON | MEMBER | BACKWARD, 3
     for head_dim in lowrank_gluon.HEAD_DIMS:
         rope = ROTATED | {"HEAD_DIM": head_dim}
-        for name in ("common", "tail", "positions", "all") if head_dim == 64 else ("common", "all"):
+        for name in ("common", "positions", "all") if head_dim == 64 else ("common", "all"):
             variant = VARIANTS[name] | rope
             yield f"forward, RoPE {head_dim}, {name}", forward, COMMON | MEMBER | FORWARD | variant, 3
             yield f"backward, RoPE {head_dim}, {name}", backward, COMMON | MEMBER | BACKWARD | variant, 3
-    for name, shape in OTHER_SHAPES.items():
-        variant = shape | ROTATED | {"HEAD_DIM": 128}
-        yield f"backward, RoPE 128, {name}", backward, COMMON | MEMBER | BACKWARD | variant, 3
+            for shape_name, shape in OTHER_SHAPES.items():
+                arguments = COMMON | MEMBER | BACKWARD | variant | shape
+                yield f"backward, RoPE {head_dim}, {name}, {shape_name}", backward, arguments, 3
 
 
 def compiled_cubin(kernel, arguments: dict, members: int) -> bytes:

@@ -1,0 +1,41 @@
+"""What has been compiled for one batch size and number of tokens serves all others."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from .cases import Case, run
+
+BF16 = torch.bfloat16
+
+
+def call(case: Case) -> None:
+    run(case, case.inputs(), case.output_gradient(), "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("positions", ["none", "packed"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    # Of bfloat16 the Gluon kernels take the low-rank case, of float32 the general ones.
+    [("lowrank", BF16), ("lowrank", torch.float32), ("headwise", BF16), ("static", BF16)],
+    ids=str,
+)
+def test_other_batches_and_tokens_compile_nothing(
+    mode: str, dtype: torch.dtype, positions: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    first = Case(mode, 2, 512, 256, heads=16, dtype=dtype, parameter_dtype=dtype, positions=positions, device=device)
+    call(first)
+    compiled: list[Any] = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **event: compiled.append(event["src"]))
+    for batch, tokens in [(1, 1), (3, 2), (1, 16), (2, 777), (5, 1024), (1, 4097)]:
+        call(replace(first, batch=batch, tokens=tokens))
+    assert compiled == []
+
+    # Another kernel size does: the list is not empty because nobody listens.
+    call(replace(first, kernel_size=3))
+    assert compiled
