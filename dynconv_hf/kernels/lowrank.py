@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import lowrank_half, lowrank_half_backward
-from .launch import dot_settings, flat_rows, multiprocessors, on_device, rows, state_rows
+from .launch import dot_settings, flat_rows, multiprocessors, on_device, rows, state_rows, up_to_registers
 from .lowrank_tiles import filtered_sum, load_basis, load_coefficients
 from .reduction import sum_partials
 from .tiles import load_rows, store_rows, tap_counts
@@ -283,6 +283,7 @@ def forward(
             HAS_POSITIONS=positions is not None,
             HAS_STATE=initial_state is not None and kernel_size > 1,
             **sizes,
+            **(up_to_registers(255) if kernel_size > 5 else {}),
             **dot_settings(x.dtype),
         )
     return y
@@ -319,8 +320,10 @@ def backward(
     ranks = rank + (static_filter is not None)
     has_state = initial_state is not None and kernel_size > 1
     sizes = _block_sizes(x, kernel_size)
-    # A program's taps are unrolled: with masks, more than two spill registers.
-    taps = min(kernel_size, 4 if positions is None and not has_state else 2)
+    masked = positions is not None or has_state
+    # A program's taps are unrolled: with masks, more than two spill registers; but of many ranks in bfloat16, two do.
+    many = kernel_size == 4 and ranks > 32 and x.dtype == basis.dtype == torch.bfloat16
+    taps = min(kernel_size, 2 if masked and not many else 4)
     blocks, rank_blocks = triton.cdiv(channels, sizes["BD"]), triton.cdiv(ranks, sizes["BR"])
     tap_blocks = triton.cdiv(kernel_size, taps)
     tiles = batch * triton.cdiv(tokens + (kernel_size - 1 if has_state else 0), sizes["BT"])
@@ -365,6 +368,8 @@ def backward(
             **sizes,
             TAPS=taps,
             num_warps=8,
+            # Most variants take more than 128 registers; others would be kept to them, and spill.
+            **(up_to_registers(255) if kernel_size != 4 else {}),
             **dot_settings(x.dtype),
         )
     sum_partials(dz_partials, dcoefficients)

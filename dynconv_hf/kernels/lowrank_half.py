@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED, flat_rows, multiprocessors, on_device, rows, state_rows
+from .launch import INTERPRETED, flat_rows, multiprocessors, on_device, rows, state_rows, up_to_registers
 from .lowrank_runs import (
     GROUP,
     RANKS,
@@ -196,6 +196,13 @@ def _run_length(x: torch.Tensor) -> int:
     return max(_SHORTEST, min(_LONGEST, length))
 
 
+def _stages(stride_t: int, channels: int) -> int:
+    """More offsets leave no registers for the fourth stage, those of rows that are not aligned none for the third."""
+    if channels % 16:
+        return 2
+    return 4 if stride_t == channels else 3
+
+
 def covers_forward(x: torch.Tensor, coefficients: torch.Tensor, kernel_size: int, has_static: bool) -> bool:
     """One step of the matrix units holds all ranks; the products are in x's type, so it must be a half."""
     return (
@@ -203,6 +210,8 @@ def covers_forward(x: torch.Tensor, coefficients: torch.Tensor, kernel_size: int
         # With one tap there is nothing to keep, and the plain kernel reads x once, too.
         and kernel_size > 1
         and coefficients.shape[-1] + has_static <= RANKS
+        # Of other rows the compiler does not know that they are aligned: more offsets than there are registers.
+        and (kernel_size <= 5 or x.shape[-1] % 16 == 0)
         and fits_offsets(x, coefficients)
     )
 
@@ -253,8 +262,9 @@ def forward(
             GROUPS=_GROUPS,
             # The interpreter has no bfloat16 product: it multiplies the bit patterns.
             DOT=tl.float32 if INTERPRETED else (tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16),
-            # More offsets leave no registers for the fourth.
-            STAGES=4 if x_rows.stride_t == channels else 3,
+            STAGES=_stages(x_rows.stride_t, channels),
             num_warps=_GROUPS,
+            # Two taps take 83 registers, and would be kept to 80.
+            **(up_to_registers(255) if kernel_size == 2 else {}),
         )
     return y

@@ -148,6 +148,31 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
             yield f"static {name} backward", direct.backward, (x, x, None, *common)
 
 
+def lowrank_corners() -> Iterator[tuple[str, Callable, tuple]]:
+    """What was found to spill: rows that are not aligned, and variants that the compiler keeps to fewer registers."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    batch, tokens = 4, 4096
+    for dtype, parameter, size, rank, channels, masked in [
+        (bf16, bf16, 4, 15, 1000, False),
+        (bf16, bf16, 4, 1, 1000, True),
+        (bf16, bf16, 6, 15, 1000, False),
+        (bf16, bf16, 8, 1, 40, True),
+        (bf16, bf16, 2, 1, 2048, False),
+        (bf16, bf16, 3, 8, 2048, True),
+        (bf16, fp32, 6, 8, 2048, True),
+        (fp16, fp16, 6, 40, 1000, True),
+        (fp32, fp32, 1, 1, 1000, False),
+        (fp32, fp32, 8, 15, 2048, True),
+    ]:
+        x, z = _tensor(batch, tokens, channels, dtype=dtype), _tensor(batch, tokens, rank, dtype=dtype)
+        u, s = _tensor(rank, size, channels, dtype=parameter), _tensor(size, channels, dtype=parameter)
+        positions = _tensor(batch, tokens, dtype=torch.int64) if masked else None
+        state = _tensor(batch, size - 1, channels, dtype=dtype) if masked else None
+        name = f"lowrank R{rank} D{channels} {TYPES[dtype]}/{TYPES[parameter]} W{size}{' masked' if masked else ''}"
+        yield f"{name} forward", lowrank.forward, (x, z, u, s, True, positions, state)
+        yield f"{name} backward", lowrank.backward, (x, x, z, u, s, True, positions, state)
+
+
 def one_pass_cases() -> Iterator[tuple[str, Callable, tuple]]:
     """Every variant of the fast kernels of training: packed documents (positions, no state), no static filter, no
     residual, x as a slice of a wider tensor."""
@@ -172,7 +197,7 @@ def recordable(wanted: str = "") -> Iterator[tuple[str, Callable, tuple]]:
     """The cases whose name holds `wanted`, for a device that is not there."""
     for module in (direct, lowrank, lowrank_half, lowrank_half_backward):
         module.multiprocessors = lambda device: MULTIPROCESSORS
-    return (case for case in (*cases(), *one_pass_cases()) if wanted in case[0])
+    return (case for case in (*cases(), *lowrank_corners(), *one_pass_cases()) if wanted in case[0])
 
 
 def report(wanted: str = "") -> Iterator[dict]:
