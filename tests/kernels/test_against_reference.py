@@ -114,6 +114,14 @@ def test_lowrank_one_pass_backward(positions: str, residual: bool) -> None:
     check(dataclasses.replace(case, static=residual, rank=15 if residual else 16))
 
 
+# Long filters have different kernels for rows by the 16 channels and for others.
+@pytest.mark.parametrize("channels", [40, 48])
+@pytest.mark.parametrize("kernel_size", [2, 5, 6, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_lowrank_kernel_sizes(dtype: torch.dtype, kernel_size: int, channels: int) -> None:
+    check(Case("lowrank", 1, 37, channels, kernel_size, dtype=dtype, positions="packed", state=True, device=DEVICE))
+
+
 @pytest.mark.parametrize("head_size", [1, 2, 3, 4, 16, 64, 192])
 def test_headwise_head_sizes(head_size: int) -> None:
     check(Case("headwise", tokens=19, channels=192, heads=192 // head_size, positions="packed", device=DEVICE))
