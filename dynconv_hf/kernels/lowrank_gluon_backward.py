@@ -28,7 +28,7 @@ from .lowrank_gluon_rotary import (
 )
 from .packed_tiles import (
     packed,
-    packed_rows_layout,
+    packed_layout,
     product,
     tokens_of_pair,
     transposed,
@@ -62,6 +62,7 @@ from .run_permuted_layout import (
     mma_layout,
     product_columns,
     ring_layout,
+    row_layout,
     run_starts,
     store_coefficients,
 )
@@ -231,7 +232,7 @@ def lowrank_backward_kernel(
             angles += 2 * HEAD_DIM
         async_copy.commit_group()
 
-        reach = None if positions_ptr is None else reach_shared.index(pair).load(packed_rows_layout(WARPS))
+        reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(packed_layout(WARPS)))
 
         z_operand = coefficients_of_pair(z_shared, pair).load(gl.DotOperandLayout(0, mma, 2))
         filters = mma_v2(z_operand, filter_basis.load(gl.DotOperandLayout(1, mma, 2)), zero)
@@ -300,8 +301,8 @@ def lowrank_backward_kernel(
         dy_0, dy_next, dy_last = rotate_after_runs(
             dy_0, dy_next, dy_last, rotated, cos_ptr, sin_ptr, run, position, left_after, sign, HEAD_DIM
         )
-    reach = None if positions_ptr is None else reach_after_shared.index(0).load(packed_rows_layout(WARPS))
-    reach_last = None if positions_ptr is None else reach_after_shared.index(1).load(packed_rows_layout(WARPS))
+    reach = None if positions_ptr is None else reach_after_shared.index(0).load(row_layout(packed_layout(WARPS)))
+    reach_last = None if positions_ptr is None else reach_after_shared.index(1).load(row_layout(packed_layout(WARPS)))
     z_operand = coefficients_of_pair(z_after_shared, 0).load(gl.DotOperandLayout(0, mma, 2))
     filters = mma_v2(z_operand, filter_basis.load(gl.DotOperandLayout(1, mma, 2)), zero)
     done_3, done_2, dx_3, dx_2, dx_1 = advance_dx(filters, dy_0, dy_next, dx_3, dx_2, dx_1, reach, RESIDUAL, WARPS)

@@ -16,7 +16,7 @@ from .lowrank_gluon_rotary import (
     rotate_pair,
     rotation_sign,
 )
-from .packed_tiles import packed, packed_rows_layout, tokens_of_pair, unpacked, where_reached, widened
+from .packed_tiles import packed, packed_layout, tokens_of_pair, unpacked, where_reached, widened
 from .run_permuted_layout import (
     RANKS,
     RUNS,
@@ -41,6 +41,7 @@ from .run_permuted_layout import (
     mma_layout,
     product_columns,
     ring_layout,
+    row_layout,
     run_starts,
     store_coefficients,
 )
@@ -149,7 +150,7 @@ def lowrank_forward_kernel(
         x_0, x_next = tokens_of_pair(ring.index(pair % STAGES), WARPS)
         z_operand = coefficients_of_pair(z_shared, pair).load(gl.DotOperandLayout(0, mma, 2))
         k_0, k_1, k_2, k_3, n_0, n_1, n_2, n_3 = filters_of_pair(mma_v2(z_operand, basis_operand, zero), WARPS)
-        reach = None if positions_ptr is None else reach_shared.index(pair).load(packed_rows_layout(WARPS))
+        reach = None if positions_ptr is None else reach_shared.index(pair).load(row_layout(packed_layout(WARPS)))
 
         y = filtered(x_0, x_1, x_2, x_3, k_0, k_1, k_2, k_3, reach, 0, RESIDUAL)
         y_next = filtered(x_next, x_0, x_1, x_2, n_0, n_1, n_2, n_3, reach, 4, RESIDUAL)

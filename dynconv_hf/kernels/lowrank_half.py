@@ -12,6 +12,7 @@ from .lowrank_runs import (
     GROUP,
     RANKS,
     RUNS,
+    aligned_rows,
     basis_columns,
     fits_offsets,
     load_pair_coefficients,
@@ -196,11 +197,11 @@ def _run_length(x: torch.Tensor) -> int:
     return max(_SHORTEST, min(_LONGEST, length))
 
 
-def _stages(stride_t: int, channels: int) -> int:
+def _stages(x: torch.Tensor, stride_t: int) -> int:
     """More offsets leave no registers for the fourth stage, those of rows that are not aligned none for the third."""
-    if channels % 16:
+    if not aligned_rows(x):
         return 2
-    return 4 if stride_t == channels else 3
+    return 4 if stride_t == x.shape[-1] else 3
 
 
 def covers_forward(x: torch.Tensor, coefficients: torch.Tensor, kernel_size: int, has_static: bool) -> bool:
@@ -210,8 +211,7 @@ def covers_forward(x: torch.Tensor, coefficients: torch.Tensor, kernel_size: int
         # With one tap there is nothing to keep, and the plain kernel reads x once, too.
         and kernel_size > 1
         and coefficients.shape[-1] + has_static <= RANKS
-        # Of other rows the compiler does not know that they are aligned: more offsets than there are registers.
-        and (kernel_size <= 5 or x.shape[-1] % 16 == 0)
+        and (kernel_size <= 5 or aligned_rows(x))
         and fits_offsets(x, coefficients)
     )
 
@@ -262,7 +262,7 @@ def forward(
             GROUPS=_GROUPS,
             # The interpreter has no bfloat16 product: it multiplies the bit patterns.
             DOT=tl.float32 if INTERPRETED else (tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16),
-            STAGES=_stages(x_rows.stride_t, channels),
+            STAGES=_stages(x, x_rows.stride_t),
             num_warps=_GROUPS,
             # Two taps take 83 registers, and would be kept to 80.
             **(up_to_registers(255) if kernel_size == 2 else {}),

@@ -17,6 +17,7 @@ from .lowrank_runs import (
     MOST_STRIDE,
     RANKS,
     RUNS,
+    aligned_rows,
     basis_columns,
     fits_offsets,
     load_pair_coefficients,
@@ -305,18 +306,14 @@ def covers(
     static_filter: torch.Tensor | None,
     initial_state: torch.Tensor | None,
 ) -> bool:
-    """bfloat16 (float16 would overflow in the product of x and dy), the usual kernel size and rank, no state.
-
-    Channels by the 16: of other rows the compiler does not know that they are aligned, and registers do not hold the
-    offsets.
-    """
+    """bfloat16 (float16 would overflow in the product of x and dy), the usual kernel size and rank, no state."""
     rank, kernel_size, _ = basis.shape
     return (
         x.dtype == torch.bfloat16
         and kernel_size == _KERNEL_SIZE
         and rank + (static_filter is not None) <= RANKS
         and initial_state is None
-        and x.shape[-1] % 16 == 0
+        and aligned_rows(x)
         # Short rows would leave runs empty and make a partial sum for each.
         and x.shape[1] >= 256
         and fits_offsets(x, coefficients)

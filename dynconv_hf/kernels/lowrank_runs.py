@@ -20,6 +20,7 @@ __all__ = [
     "MOST_STRIDE",
     "RANKS",
     "RUNS",
+    "aligned_rows",
     "basis_columns",
     "fits_offsets",
     "load_pair_coefficients",
@@ -42,6 +43,11 @@ def fits_offsets(x: torch.Tensor, coefficients: torch.Tensor) -> bool:
     """Whether 32 bits hold the offsets of x within a chunk and those of a sequence's coefficients."""
     tokens, rank = coefficients.shape[1:]
     return x.stride(1) < MOST_STRIDE and tokens * max(coefficients.stride(1), rank) < 2**31
+
+
+def aligned_rows(x: torch.Tensor) -> bool:
+    """Whether the compiler sees that rows are aligned: else there are more offsets than long loops have registers."""
+    return x.shape[-1] % 16 == 0
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from .run_permuted_layout import RUNS, WARP_CHANNELS, lane_layout, ring_load_lay
 
 __all__ = [
     "packed",
-    "packed_rows_layout",
+    "packed_layout",
     "product",
     "tokens_of_pair",
     "transposed",
@@ -28,12 +28,6 @@ __all__ = [
 def packed_layout(warps):
     """[warps, G, C / 2]: a lane holds the words of its 8 channels."""
     return gl.BlockedLayout([1, 1, 4], [1, 8, 4], [warps, 1, 1], [2, 1, 0])
-
-
-@gluon.constexpr_function
-def packed_rows_layout(warps):
-    """[G]: for each lane, what belongs to its run, to be used with packed tiles."""
-    return gl.SliceLayout(0, gl.SliceLayout(2, packed_layout(warps)))
 
 
 @gluon.jit

@@ -93,9 +93,9 @@ def lane_layout(warps):
 
 
 @gluon.constexpr_function
-def row_layout(warps):
-    """[G]: for each lane, what belongs to its run."""
-    return gl.SliceLayout(0, gl.SliceLayout(2, lane_layout(warps)))
+def row_layout(tile_layout):
+    """[G]: for each lane, what belongs to its run, to be used with tiles of this layout."""
+    return gl.SliceLayout(0, gl.SliceLayout(2, tile_layout))
 
 
 @gluon.constexpr_function
@@ -212,7 +212,7 @@ def lane_channels(HEAD_DIM: gl.constexpr, warps: gl.constexpr):
 @gluon.jit
 def run_starts(L, warps: gl.constexpr):
     """The first token of each run, counted from the block's start: [1, G, 1]."""
-    return (gl.arange(0, RUNS, row_layout(warps)) * L)[None, :, None]
+    return (gl.arange(0, RUNS, row_layout(lane_layout(warps))) * L)[None, :, None]
 
 
 @gluon.jit

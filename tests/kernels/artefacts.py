@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from dynconv_hf.kernels import direct, launch, lowrank, lowrank_half, lowrank_half_backward, reduction
 
 MULTIPROCESSORS = 132
+BATCH, TOKENS = 4, 4096
 TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
@@ -111,10 +112,30 @@ def _tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _arguments(
+    dtype: torch.dtype, parameter: torch.dtype, size: int, channels: int, has_static: bool, masked: bool
+) -> tuple[torch.Tensor, tuple]:
+    """x, and what all modes take after their filters; masked: positions and state."""
+    x = _tensor(BATCH, TOKENS, channels, dtype=dtype)
+    s = _tensor(size, channels, dtype=parameter) if has_static else None
+    positions = _tensor(BATCH, TOKENS, dtype=torch.int64) if masked else None
+    state = _tensor(BATCH, size - 1, channels, dtype=dtype) if masked else None
+    return x, (s, True, positions, state)
+
+
+def _lowrank(
+    name: str, x: torch.Tensor, rank: int, size: int, parameter: torch.dtype, common: tuple
+) -> Iterator[tuple[str, Callable, tuple]]:
+    z = _tensor(BATCH, TOKENS, rank, dtype=x.dtype)
+    u = _tensor(rank, size, x.shape[-1], dtype=parameter)
+    yield f"lowrank R{rank} {name} forward", lowrank.forward, (x, z, u, *common)
+    yield f"lowrank R{rank} {name} backward", lowrank.backward, (x, x, z, u, *common)
+
+
 def cases() -> Iterator[tuple[str, Callable, tuple]]:
     """What users run, and the corners of what registers must hold: types, W, R, positions and state."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    batch, tokens, channels = 4, 4096, 2048
+    channels = 2048
     settings = [
         # dtype, parameters' dtype, W, R, static, masked (positions and state)
         (bf16, bf16, 4, 15, True, False),
@@ -128,19 +149,12 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
         (fp32, fp32, 8, 16, True, True),
     ]
     for dtype, parameter, size, rank, has_static, masked in settings:
-        x = _tensor(batch, tokens, channels, dtype=dtype)
-        s = _tensor(size, channels, dtype=parameter) if has_static else None
-        positions = _tensor(batch, tokens, dtype=torch.int64) if masked else None
-        state = _tensor(batch, size - 1, channels, dtype=dtype) if masked else None
+        x, common = _arguments(dtype, parameter, size, channels, has_static, masked)
         flags = "".join(flag for flag, on in ((" static", has_static), (" masked", masked)) if on)
         name = f"{TYPES[dtype]}/{TYPES[parameter]} W{size}{flags}"
-        z = _tensor(batch, tokens, rank, dtype=dtype)
-        u = _tensor(rank, size, channels, dtype=parameter)
-        common = (s, True, positions, state)
-        yield f"lowrank R{rank} {name} forward", lowrank.forward, (x, z, u, *common)
-        yield f"lowrank R{rank} {name} backward", lowrank.backward, (x, x, z, u, *common)
+        yield from _lowrank(name, x, rank, size, parameter, common)
         for head_size in (1, 16, channels):
-            f = _tensor(batch, tokens, channels // head_size, size, dtype=dtype)
+            f = _tensor(BATCH, TOKENS, channels // head_size, size, dtype=dtype)
             yield f"headwise P{head_size} {name} forward", direct.forward, (x, f, *common)
             yield f"headwise P{head_size} {name} backward", direct.backward, (x, x, f, *common)
         if has_static:
@@ -151,7 +165,6 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
 def lowrank_corners() -> Iterator[tuple[str, Callable, tuple]]:
     """What was found to spill: rows that are not aligned, and variants that the compiler keeps to fewer registers."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    batch, tokens = 4, 4096
     for dtype, parameter, size, rank, channels, masked in [
         (bf16, bf16, 4, 15, 1000, False),
         (bf16, bf16, 4, 1, 1000, True),
@@ -164,13 +177,9 @@ def lowrank_corners() -> Iterator[tuple[str, Callable, tuple]]:
         (fp32, fp32, 1, 1, 1000, False),
         (fp32, fp32, 8, 15, 2048, True),
     ]:
-        x, z = _tensor(batch, tokens, channels, dtype=dtype), _tensor(batch, tokens, rank, dtype=dtype)
-        u, s = _tensor(rank, size, channels, dtype=parameter), _tensor(size, channels, dtype=parameter)
-        positions = _tensor(batch, tokens, dtype=torch.int64) if masked else None
-        state = _tensor(batch, size - 1, channels, dtype=dtype) if masked else None
-        name = f"lowrank R{rank} D{channels} {TYPES[dtype]}/{TYPES[parameter]} W{size}{' masked' if masked else ''}"
-        yield f"{name} forward", lowrank.forward, (x, z, u, s, True, positions, state)
-        yield f"{name} backward", lowrank.backward, (x, x, z, u, s, True, positions, state)
+        x, common = _arguments(dtype, parameter, size, channels, True, masked)
+        name = f"D{channels} {TYPES[dtype]}/{TYPES[parameter]} W{size}{' masked' if masked else ''}"
+        yield from _lowrank(name, x, rank, size, parameter, common)
 
 
 def one_pass_cases() -> Iterator[tuple[str, Callable, tuple]]:
