@@ -10,11 +10,7 @@ time from one token to the next, measured with CUDA events: where the CPU is slo
 
 import argparse
 import gc
-import json
-import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-import triton
+from report import write_report
 from torch.profiler import ProfilerActivity, profile
 from training_step import QKV, SIZES
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -101,22 +97,6 @@ def measure(model: LlamaForCausalLM, way: str, args: argparse.Namespace, batch: 
     return row
 
 
-def write_report(rows: list[dict[str, Any]], sizes: dict[str, Any], args: argparse.Namespace) -> None:
-    """After every model: a run that is cut short keeps what it has measured."""
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "sizes": sizes,
-        "shape": {"prompt": args.prompt, "new_tokens": args.new_tokens},
-        "rows": rows,
-    }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("decoding.json"))
@@ -131,6 +111,11 @@ def main() -> None:
     parser.add_argument("--kernels", type=int, default=0, help="list this many kernels, the slowest first")
     args = parser.parse_args()
     sizes = SIZES | {"num_key_value_heads": args.key_value_heads, "num_hidden_layers": args.layers}
+    settings = {
+        "transformers": transformers.__version__,
+        "sizes": sizes,
+        "shape": {"prompt": args.prompt, "new_tokens": args.new_tokens},
+    }
     rows: list[dict[str, Any]] = []
     for way in args.ways:
         for batch in args.batches:
@@ -147,7 +132,8 @@ def main() -> None:
                     f"{first['model']}), kernels {row['device_ms']:.3f} ms ({row['device_ratio']:.3f})",
                     flush=True,
                 )
-                write_report(rows, sizes, args)
+                # After every model: a run that is cut short keeps what it has measured.
+                write_report(args.out, rows, **settings)
                 del model
                 gc.collect()
                 torch.compiler.reset()

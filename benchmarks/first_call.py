@@ -8,11 +8,7 @@ kernels that were compiled for it. Another batch size or number of tokens must n
 """
 
 import argparse
-import json
 import os
-import platform
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from report import write_report
 
 from dynconv_hf import kernels
 
@@ -108,14 +105,7 @@ def main() -> None:
                 f"{row['mode']} {row['dtype']}, {row['shape']}: {row['seconds']:.2f} s, {row['compiled']} compiled",
                 flush=True,
             )
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "rows": measured,
-    }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.out, measured)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,7 @@ Where fla-core is installed (pip install fla-core), its static convolution is me
 """
 
 import argparse
-import json
-import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -23,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch._functorch.config
-import triton
+from report import write_report
 from torch.profiler import ProfilerActivity, profile
 
 from dynconv_hf.kernels import Rotary, direct, lowrank, lowrank_gluon, lowrank_one_by_one, reference
@@ -90,8 +86,10 @@ def rows_of(mode: str, head_size: int | None, args: argparse.Namespace, flush: t
         filters = (random(b, t, d // head_size, w, dtype=dtype, scale=0.3),)
     else:
         filters = (None,)
-    implementations = {"lowrank": {"gluon": lowrank_gluon, "triton": lowrank}}.get(mode, {"triton": direct})
     common = (s, True, None, None)
+    implementations = {"triton": lowrank if mode == "lowrank" else direct}
+    if mode == "lowrank" and lowrank_gluon.covers(x, *filters, *common[:1], *common[2:]) is None:
+        implementations = {"gluon": lowrank_gluon} | implementations
 
     out = torch.empty_like(x)
     copy_us = device_time(lambda: out.copy_(x), flush)
@@ -215,16 +213,7 @@ def main() -> None:
                 flush=True,
             )
     compare_with_fla(rows)
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "shape": {k: v for k, v in vars(args).items() if k != "out"},
-        "rows": rows,
-    }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.out, rows, shape={k: v for k, v in vars(args).items() if k != "out"})
 
 
 if __name__ == "__main__":

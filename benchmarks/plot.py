@@ -40,7 +40,7 @@ def collect(rows: Sequence[Report], name: str, group: str, value: str) -> dict[s
 
 def plot_kernels(reports: Sequence[Report]) -> Figure:
     if len(reports) > 1:
-        raise SystemExit(f"one report of kernel_speed.py at a time, got {len(reports)}")
+        raise SystemExit(f"one report of kernel_speed.py or lowrank_shapes.py at a time, got {len(reports)}")
     figure, axes = plt.subplots(1, 2, figsize=(17, 6), sharey=True, layout="constrained")
     for axis, direction in zip(axes, ("forward", "backward"), strict=True):
         rows = []
@@ -97,7 +97,8 @@ def main() -> None:
     kinds = {kind for kind in PLOTS for report in reports if kind in report["rows"][0]}
     if len(kinds) != 1 or not all(kinds <= report["rows"][0].keys() for report in reports):
         names = ", ".join(str(path) for path in args.reports)
-        raise SystemExit(f"reports of one script, of kernel_speed.py, training_step.py or decoding.py, got {names}")
+        scripts = "kernel_speed.py, lowrank_shapes.py, training_step.py or decoding.py"
+        raise SystemExit(f"reports of one script, of {scripts}, got {names}")
     figure = PLOTS[kinds.pop()](reports)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))

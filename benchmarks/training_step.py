@@ -9,18 +9,14 @@ measured with CUDA events; memory is the peak that PyTorch's allocator handed ou
 
 import argparse
 import gc
-import json
-import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import triton
+from report import write_report
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -94,22 +90,6 @@ def print_kernels(step: Callable[[], None]) -> None:
     print(profiled.key_averages().table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=90))
 
 
-def write_report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """After every model: a run that is cut short keeps what it has measured."""
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "sizes": SIZES | {"num_key_value_heads": args.key_value_heads},
-        "shape": {"batch": args.batch, "tokens": args.tokens, "compile": args.compile},
-        "rows": rows,
-    }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("training_step.json"))
@@ -122,6 +102,11 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the kernels of one more step")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     args = parser.parse_args()
+    settings = {
+        "transformers": transformers.__version__,
+        "sizes": SIZES | {"num_key_value_heads": args.key_value_heads},
+        "shape": {"batch": args.batch, "tokens": args.tokens, "compile": args.compile},
+    }
     rows: list[dict[str, Any]] = []
     for name in args.models:
         rows.append(measure(name, args))
@@ -133,7 +118,8 @@ def main() -> None:
             f"{row['peak_gib']:.2f} GiB (+{row['peak_gib'] - first['peak_gib']:.2f})",
             flush=True,
         )
-        write_report(rows, args)
+        # After every model: a run that is cut short keeps what it has measured.
+        write_report(args.out, rows, **settings)
         gc.collect()
         torch.compiler.reset()
         torch.cuda.empty_cache()

@@ -211,7 +211,7 @@ def covers_forward(x: torch.Tensor, coefficients: torch.Tensor, kernel_size: int
         # With one tap there is nothing to keep, and the plain kernel reads x once, too.
         and kernel_size > 1
         and coefficients.shape[-1] + has_static <= RANKS
-        and (kernel_size <= 5 or aligned_rows(x))
+        and (kernel_size <= 4 or aligned_rows(x))
         and fits_offsets(x, coefficients)
     )
 

@@ -40,12 +40,18 @@ def load_rows(
 
 
 @triton.jit
+def load_positions(positions_ptr, stride_t, row_I, T):
+    """-1 outside the sequence, where no tap counts."""
+    mask_I = (row_I >= 0) & (row_I < T)
+    return tl.load(positions_ptr + row_I.to(tl.int64) * stride_t, mask=mask_I, other=-1)
+
+
+@triton.jit
 def tap_counts(positions_ptr, stride_t, row_I, w, T, HAS_POSITIONS: tl.constexpr):
     """Where tap w of the token at row_I counts: inside the sequence and, by its position, inside its document."""
     counts_I = (row_I >= 0) & (row_I < T)
     if HAS_POSITIONS:
-        position_I = tl.load(positions_ptr + row_I.to(tl.int64) * stride_t, mask=counts_I, other=-1)
-        counts_I = position_I >= w
+        counts_I = load_positions(positions_ptr, stride_t, row_I, T) >= w
     return counts_I
 
 

@@ -173,6 +173,8 @@ def lowrank_corners() -> Iterator[tuple[str, Callable, tuple]]:
         (bf16, bf16, 2, 1, 2048, False),
         (bf16, bf16, 3, 8, 2048, True),
         (bf16, fp32, 6, 8, 2048, True),
+        (bf16, fp32, 7, 40, 2048, True),
+        (fp16, fp16, 7, 15, 2048, True),
         (fp16, fp16, 6, 40, 1000, True),
         (fp32, fp32, 1, 1, 1000, False),
         (fp32, fp32, 8, 15, 2048, True),

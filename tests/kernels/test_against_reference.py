@@ -153,6 +153,24 @@ def test_bad_values_stay_where_they_belong(dtype: torch.dtype, bad: float) -> No
     assert torch.equal(y.isfinite(), finite)
 
 
+# Five and seven taps are no multiple of what a program of the backward takes at once.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel_size", [5, 7])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_bad_values_reach_only_gradients_of_what_sees_them(bad: float, kernel_size: int, dtype: torch.dtype) -> None:
+    case = Case("lowrank", 1, 35, 48, kernel_size, dtype=dtype, parameter_dtype=dtype, device=DEVICE)
+    inputs = case.inputs()
+    with torch.no_grad():
+        inputs["x"][0, 20, 3] = bad
+    gradients = run(case, inputs, case.output_gradient(), "triton")
+    assert gradients["dx"].isfinite().all()
+    finite = gradients["dcoefficients"].isfinite().all(dim=-1)[0]
+    assert (~finite).nonzero().flatten().tolist() == list(range(20, 20 + kernel_size))
+    for name in ("dbasis", "dstatic_filter"):
+        assert gradients[name][..., 4:].isfinite().all() and gradients[name][..., :3].isfinite().all(), name
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_bad_values_outside_a_document_leave_gradients_alone(mode: str) -> None:
     case = Case(mode, batch=1, tokens=40, static=True, positions="padded", seed=5, device=DEVICE)
