@@ -4,6 +4,7 @@ See `lowrank_runs` for how the tokens of a program are arranged, and for the sha
 
 dx marches along: the filter of token t serves the gradients of tokens t to t - 3, which are sums in registers until
 complete, and are written up to 3 steps late. Two further steps, over the tokens after the run, complete its last 3.
+Of 2 or 3 taps, the others are 0.
 """
 
 import torch
@@ -33,7 +34,7 @@ from .reduction import ROW, sum_run_partials
 
 __all__ = ["backward", "covers"]
 
-_KERNEL_SIZE = 4
+_MOST_TAPS = 4
 _GROUPS = 4
 _SHAPE_ARGUMENTS = ["B", "T", "x_stride_b", "z_stride_b", "dy_stride_b", "positions_stride_b", "length"]
 
@@ -56,6 +57,7 @@ def _march(
     dx1,
     dx2,
     dx3,
+    W: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -63,12 +65,15 @@ def _march(
     """From the sums of dx for 1 to 3 tokens before the pair: those of 3 and 2 before, complete, and those that the
     next pair takes for 3, 2 and 1 before."""
     fa, fb = dya.to(tl.float32), dyb.to(tl.float32)
-    ka, kb = split_tokens(tl.dot(z_MR, u_W[3]), GROUPS)
-    done3 = dx3 + where_counts(pa, 3, ka * fa, HAS_POSITIONS)
-    done2 = dx2 + where_counts(pb, 3, kb * fb, HAS_POSITIONS)
-    ka, kb = split_tokens(tl.dot(z_MR, u_W[2]), GROUPS)
-    done2 += where_counts(pa, 2, ka * fa, HAS_POSITIONS)
-    dx3 = dx1 + where_counts(pb, 2, kb * fb, HAS_POSITIONS)
+    done3, done2, dx3 = dx3, dx2, dx1
+    if W > 3:
+        ka, kb = split_tokens(tl.dot(z_MR, u_W[3]), GROUPS)
+        done3 += where_counts(pa, 3, ka * fa, HAS_POSITIONS)
+        done2 += where_counts(pb, 3, kb * fb, HAS_POSITIONS)
+    if W > 2:
+        ka, kb = split_tokens(tl.dot(z_MR, u_W[2]), GROUPS)
+        done2 += where_counts(pa, 2, ka * fa, HAS_POSITIONS)
+        dx3 += where_counts(pb, 2, kb * fb, HAS_POSITIONS)
     ka, kb = split_tokens(tl.dot(z_MR, u_W[1]), GROUPS)
     dx3 += where_counts(pa, 1, ka * fa, HAS_POSITIONS)
     dx2 = where_counts(pb, 1, kb * fb, HAS_POSITIONS)
@@ -79,6 +84,16 @@ def _march(
         dx2 += fa
         dx1 += fb
     return done3, done2, dx3, dx2, dx1
+
+
+@triton.jit
+def _filter_gradient(position_G, w: tl.constexpr, dy_VGC, x_VGC, W: tl.constexpr, HAS_POSITIONS: tl.constexpr):
+    """That of tap w of a token; 0 where there is no such tap."""
+    if w < W:
+        g_VGC = where_counts(position_G, w, dy_VGC * x_VGC.to(dy_VGC.dtype), HAS_POSITIONS)
+    else:
+        g_VGC = tl.zeros(dy_VGC.shape, dy_VGC.dtype)
+    return g_VGC
 
 
 @triton.jit
@@ -150,6 +165,7 @@ def _backward_kernel(
     X_ALIGNMENT: tl.constexpr,
     DENSE: tl.constexpr,
     RANK: tl.constexpr,
+    W: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_STATIC: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
@@ -160,12 +176,11 @@ def _backward_kernel(
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dz_ptr: (blocks of channels, B, T, ROW), of which RANK count; du_ptr: (chunks, ROW, 4, D), of which
+    """dz_ptr: (blocks of channels, B, T, ROW), of which RANK count; du_ptr: (chunks, ROW, W, D), of which
     RANK + HAS_STATIC are written; to be summed over their first dimension. A chunk is 8 runs of `length` tokens."""
     if DENSE:
         # One offset for x, dy and dx leaves registers for more.
         x_stride_t, dy_stride_t = D, D
-    W: tl.constexpr = 4
     BD: tl.constexpr = GROUPS * 32
     blocks, chunks_per_row = tl.cdiv(D, BD), tl.cdiv(T, 8 * length)
     block, chunk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -185,8 +200,9 @@ def _backward_kernel(
     d_J, r_R = block * BD + tl.arange(0, BD), tl.arange(0, 16)
     u_W = ()
     u_columns_W = ()
-    for w in tl.static_range(W):
-        u_RJ = load_basis(u_ptr, s_ptr, r_R, d_J, d_J < D, D, w, W, RANK, HAS_STATIC)
+    for w in tl.static_range(4):
+        # Of taps that are not there it is 0.
+        u_RJ = load_basis(u_ptr, s_ptr, r_R, d_J, d_J < (D if w < W else 0), D, w, W, RANK, HAS_STATIC)
         if not HAS_STATIC:
             # A load of nothing, for no other use than that Triton then keeps the basis in shared memory: in registers,
             # as it would otherwise, it makes others spill.
@@ -229,29 +245,29 @@ def _backward_kernel(
 
         if DX_FIRST:
             done3, done2, dx3, dx2, dx1 = _march(
-                z_MR, u_columns_W, dya, dyb, pa, pb, dx1, dx2, dx3, RESIDUAL, HAS_POSITIONS, GROUPS
+                z_MR, u_columns_W, dya, dyb, pa, pb, dx1, dx2, dx3, W, RESIDUAL, HAS_POSITIONS, GROUPS
             )
             store_token(dx_ptr - 3 * D, done3, t - 3, row_G, dx_offset_VGC, keep_VGC, i > 1, T)
             store_token(dx_ptr - 2 * D, done2, t - 2, row_G, dx_offset_VGC, keep_VGC, i > 0, T)
         ga, gb = dya.to(DOT), dyb.to(DOT)
-        g0 = where_counts(pa, 0, ga * xa.to(DOT), HAS_POSITIONS)
-        g1 = where_counts(pa, 1, ga * x1.to(DOT), HAS_POSITIONS)
-        g2 = where_counts(pa, 2, ga * x2.to(DOT), HAS_POSITIONS)
-        g3 = where_counts(pa, 3, ga * x3.to(x1.dtype, bitcast=True).to(DOT), HAS_POSITIONS)
-        g4 = where_counts(pb, 0, gb * xb.to(DOT), HAS_POSITIONS)
-        g5 = where_counts(pb, 1, gb * xa.to(DOT), HAS_POSITIONS)
-        g6 = where_counts(pb, 2, gb * x1.to(DOT), HAS_POSITIONS)
-        g7 = where_counts(pb, 3, gb * x2.to(DOT), HAS_POSITIONS)
+        g0 = _filter_gradient(pa, 0, ga, xa, W, HAS_POSITIONS)
+        g1 = _filter_gradient(pa, 1, ga, x1, W, HAS_POSITIONS)
+        g2 = _filter_gradient(pa, 2, ga, x2, W, HAS_POSITIONS)
+        g3 = _filter_gradient(pa, 3, ga, x3.to(x1.dtype, bitcast=True), W, HAS_POSITIONS)
+        g4 = _filter_gradient(pb, 0, gb, xb, W, HAS_POSITIONS)
+        g5 = _filter_gradient(pb, 1, gb, xa, W, HAS_POSITIONS)
+        g6 = _filter_gradient(pb, 2, gb, x1, W, HAS_POSITIONS)
+        g7 = _filter_gradient(pb, 3, gb, x2, W, HAS_POSITIONS)
         # (V, G, C, token of the pair, tap // 2, tap % 2)
         g02, g13 = tl.join(tl.join(g0, g4), tl.join(g2, g6)), tl.join(tl.join(g1, g5), tl.join(g3, g7))
         g = tl.join(g02, g13)
         du = _add_basis_gradient(du, g, z_MR, GROUPS, SPARING)
-        g_VMK = g.reshape(GROUPS, 8, 4, 2, 2, 2, 2, W).permute(0, 6, 1, 7, 3, 2, 4, 5).reshape(GROUPS, 16, W * 32)
+        g_VMK = g.reshape(GROUPS, 8, 4, 2, 2, 2, 2, 4).permute(0, 6, 1, 7, 3, 2, 4, 5).reshape(GROUPS, 16, 128)
         dz_VMR = tl.dot(g_VMK, u_VKR)
         tl.store(dz_ptr + dz_offset, _sum_groups(dz_VMR, GROUPS), mask=t + dz_row < T)
         if not DX_FIRST:
             done3, done2, dx3, dx2, dx1 = _march(
-                z_MR, u_columns_W, dya, dyb, pa, pb, dx1, dx2, dx3, RESIDUAL, HAS_POSITIONS, GROUPS
+                z_MR, u_columns_W, dya, dyb, pa, pb, dx1, dx2, dx3, W, RESIDUAL, HAS_POSITIONS, GROUPS
             )
             store_token(dx_ptr - 3 * D, done3, t - 3, row_G, dx_offset_VGC, keep_VGC, i > 1, T)
             store_token(dx_ptr - 2 * D, done2, t - 2, row_G, dx_offset_VGC, keep_VGC, i > 0, T)
@@ -269,25 +285,28 @@ def _backward_kernel(
     pa, pb = next_pa, next_pb
     pc = load_token_positions(positions_ptr, positions_stride_t, t + 2, row_G, T, HAS_POSITIONS)
     z_MR = next_z_MR.to(DOT)
-    ka, kb = split_tokens(tl.dot(z_MR, u_columns_W[3]), GROUPS)
-    dx3 += where_counts(pa, 3, ka * fa, HAS_POSITIONS)
-    dx2 += where_counts(pb, 3, kb * fb, HAS_POSITIONS)
-    ka, kb = split_tokens(tl.dot(z_MR, u_columns_W[2]), GROUPS)
-    dx2 += where_counts(pa, 2, ka * fa, HAS_POSITIONS)
-    dx1 += where_counts(pb, 2, kb * fb, HAS_POSITIONS)
+    if W > 3:
+        ka, kb = split_tokens(tl.dot(z_MR, u_columns_W[3]), GROUPS)
+        dx3 += where_counts(pa, 3, ka * fa, HAS_POSITIONS)
+        dx2 += where_counts(pb, 3, kb * fb, HAS_POSITIONS)
+    if W > 2:
+        ka, kb = split_tokens(tl.dot(z_MR, u_columns_W[2]), GROUPS)
+        dx2 += where_counts(pa, 2, ka * fa, HAS_POSITIONS)
+        dx1 += where_counts(pb, 2, kb * fb, HAS_POSITIONS)
     ka, _ = split_tokens(tl.dot(z_MR, u_columns_W[1]), GROUPS)
     dx1 += where_counts(pa, 1, ka * fa, HAS_POSITIONS)
-    z_MR = later_z_MR.to(next_z_MR.dtype, bitcast=True).to(DOT)
-    ka, _ = split_tokens(tl.dot(z_MR, u_columns_W[3]), GROUPS)
-    dx1 += where_counts(pc, 3, ka * fc, HAS_POSITIONS)
+    if W > 3:
+        z_MR = later_z_MR.to(next_z_MR.dtype, bitcast=True).to(DOT)
+        ka, _ = split_tokens(tl.dot(z_MR, u_columns_W[3]), GROUPS)
+        dx1 += where_counts(pc, 3, ka * fc, HAS_POSITIONS)
     store_token(dx_ptr - 3 * D, dx3, t - 3, row_G, dx_offset_VGC, keep_VGC, True, T)
     store_token(dx_ptr - 2 * D, dx2, t - 2, row_G, dx_offset_VGC, keep_VGC, True, T)
     store_token(dx_ptr - D, dx1, t - 1, row_G, dx_offset_VGC, keep_VGC, True, T)
 
     du_RWJ = _basis_gradient(du, GROUPS, SPARING)
-    w_W = tl.arange(0, W)
+    w_W = tl.arange(0, 4)
     du_row = chunk.to(tl.int64) * (ROW * W) + (r_R[:, None] * W + w_W[None, :])
-    mask = (r_R < RANK + HAS_STATIC)[:, None, None] & (d_J < D)[None, None, :]
+    mask = (r_R < RANK + HAS_STATIC)[:, None, None] & (w_W < W)[None, :, None] & (d_J < D)[None, None, :]
     tl.store(du_ptr + du_row[:, :, None] * D + d_J[None, None, :], du_RWJ, mask=mask)
 
 
@@ -306,11 +325,11 @@ def covers(
     static_filter: torch.Tensor | None,
     initial_state: torch.Tensor | None,
 ) -> bool:
-    """bfloat16 (float16 would overflow in the product of x and dy), the usual kernel size and rank, no state."""
+    """bfloat16 (float16 would overflow in the product of x and dy), the usual ranks, 2 to 4 taps, no state."""
     rank, kernel_size, _ = basis.shape
     return (
         x.dtype == torch.bfloat16
-        and kernel_size == _KERNEL_SIZE
+        and 1 < kernel_size <= _MOST_TAPS
         and rank + (static_filter is not None) <= RANKS
         and initial_state is None
         and aligned_rows(x)
@@ -337,11 +356,11 @@ def backward(
     x_rows, position_rows = rows(x), flat_rows(positions, x)
     z_rows = rows(coefficients, wide=False)
     basis = basis.contiguous()
-    rank = basis.shape[0]
+    rank, kernel_size, _ = basis.shape
     length = _run_length(x)
     blocks, chunks = triton.cdiv(channels, _GROUPS * GROUP), batch * triton.cdiv(tokens, RUNS * length)
     dz_partials = torch.empty(blocks, batch * tokens, ROW, dtype=torch.float32, device=x.device)
-    du_partials = torch.empty(chunks, ROW, _KERNEL_SIZE * channels, dtype=torch.float32, device=x.device)
+    du_partials = torch.empty(chunks, ROW, kernel_size * channels, dtype=torch.float32, device=x.device)
     with on_device(x):
         _backward_kernel[(blocks * chunks,)](
             dy_rows.tensor,
@@ -369,6 +388,7 @@ def backward(
             X_ALIGNMENT=x_rows.alignment,
             DENSE=x_rows.stride_t == dy_rows.stride_t == channels,
             RANK=rank,
+            W=kernel_size,
             RESIDUAL=residual,
             HAS_STATIC=static_filter is not None,
             HAS_POSITIONS=positions is not None,

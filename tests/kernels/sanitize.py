@@ -53,6 +53,11 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "lowrank mixed", replace(WIDE, parameter_dtype=torch.float32, **MASKED)
     yield "lowrank R16", replace(WIDE, rank=16, static=False, residual=False)
     yield "lowrank R40 W8", replace(HALF, rank=40, kernel_size=8, **MASKED)
+    # Of 2 and 3 taps, the one-pass backward holds four, the others being 0.
+    for kernel_size in (2, 3):
+        chunks = replace(WIDE, batch=1, tokens=1500, kernel_size=kernel_size)
+        yield f"lowrank W{kernel_size}", chunks
+        yield f"lowrank W{kernel_size} packed", replace(chunks, positions="packed")
     yield "lowrank fp16 W3", replace(HALF, dtype=torch.float16, kernel_size=3, rank=5)
     for head_size in (1, 4, 64, 256):
         yield f"headwise P{head_size}", replace(WIDE, mode="headwise", heads=256 // head_size, **MASKED)

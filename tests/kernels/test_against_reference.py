@@ -52,7 +52,8 @@ def random_kernel(draw: random.Random, mode: str) -> Case:
     )
     if mode == "lowrank" and draw.random() < 0.4:
         # What training runs has kernels of its own.
-        trained = {"kernel_size": 4, "rank": 15, "dtype": torch.bfloat16, "channels": draw.choice(TRAINED_CHANNELS)}
+        trained = {"kernel_size": draw.choice((2, 3, 4, 4)), "rank": 15, "dtype": torch.bfloat16}
+        trained["channels"] = draw.choice(TRAINED_CHANNELS)
         case = dataclasses.replace(case, **trained)
     return case
 
@@ -112,6 +113,12 @@ def test_lowrank_as_trained(tokens: int, positions: str, dtype: torch.dtype) -> 
 def test_lowrank_one_pass_backward(positions: str, residual: bool) -> None:
     case = Case("lowrank", 1, 261, 48, dtype=torch.bfloat16, residual=residual, positions=positions, device=DEVICE)
     check(dataclasses.replace(case, static=residual, rank=15 if residual else 16))
+
+
+@pytest.mark.parametrize("positions", ["none", "packed"])
+@pytest.mark.parametrize("kernel_size", [2, 3])
+def test_lowrank_one_pass_backward_of_fewer_taps(kernel_size: int, positions: str) -> None:
+    check(Case("lowrank", 1, 261, 48, kernel_size, dtype=torch.bfloat16, positions=positions, device=DEVICE))
 
 
 # Long filters have different kernels for rows by the 16 channels and for others.
@@ -193,6 +200,13 @@ def test_several_waves(mode: str, positions: str) -> None:
     case = Case(mode, 4, 4096, 2048, heads=128, dtype=torch.bfloat16, parameter_dtype=torch.bfloat16, device=DEVICE)
     case = dataclasses.replace(case, positions=positions)
     assert max(errors(case).values()) < 3e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel_size", [2, 3])
+def test_several_waves_of_fewer_taps(kernel_size: int) -> None:
+    case = Case("lowrank", 4, 4096, 2048, kernel_size, dtype=torch.bfloat16, device=DEVICE, positions="packed")
+    assert max(errors(dataclasses.replace(case, parameter_dtype=torch.bfloat16)).values()) < 3e-3
 
 
 @pytest.mark.gpu
