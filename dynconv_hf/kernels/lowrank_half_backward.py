@@ -333,8 +333,6 @@ def covers(
         and rank + (static_filter is not None) <= RANKS
         and initial_state is None
         and aligned_rows(x)
-        # Short rows would leave runs empty and make a partial sum for each.
-        and x.shape[1] >= 256
         and fits_offsets(x, coefficients)
     )
 

@@ -18,17 +18,29 @@ def call(case: Case) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("positions", ["none", "packed"])
 @pytest.mark.parametrize(
-    ("mode", "dtype"),
-    # Of bfloat16 the Gluon kernels take the low-rank case, of float32 the general ones.
-    [("lowrank", BF16), ("lowrank", torch.float32), ("headwise", BF16), ("static", BF16)],
+    ("mode", "dtype", "kernel_size"),
+    # The Gluon kernels take the first, those for half precision the second, the general ones the third.
+    [
+        ("lowrank", BF16, 4),
+        ("lowrank", BF16, 3),
+        ("lowrank", torch.float32, 4),
+        ("headwise", BF16, 4),
+        ("static", BF16, 4),
+    ],
     ids=str,
 )
 def test_other_batches_and_tokens_compile_nothing(
-    mode: str, dtype: torch.dtype, positions: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    mode: str,
+    dtype: torch.dtype,
+    kernel_size: int,
+    positions: str,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import triton
 
-    first = Case(mode, 2, 512, 256, heads=16, dtype=dtype, parameter_dtype=dtype, positions=positions, device=device)
+    first = Case(mode, 2, 512, 256, kernel_size, heads=16, dtype=dtype, parameter_dtype=dtype, positions=positions)
+    first = replace(first, device=device)
     call(first)
     compiled: list[Any] = []
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **event: compiled.append(event["src"]))
@@ -37,5 +49,5 @@ def test_other_batches_and_tokens_compile_nothing(
     assert compiled == []
 
     # Another kernel size does: the list is not empty because nobody listens.
-    call(replace(first, kernel_size=3))
+    call(replace(first, kernel_size=2))
     assert compiled
