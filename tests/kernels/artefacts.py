@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -67,8 +67,17 @@ def compile_sm90(kernel: Any, args: tuple, kwargs: dict) -> Any:
     return compile_for(GPUTarget("cuda", 90, 32), kernel, args, kwargs)
 
 
-def compile_for(target: GPUTarget, kernel: Any, args: tuple, kwargs: dict) -> Any:
-    """Compiles as the just-in-time compiler would for these arguments."""
+class Specialization(NamedTuple):
+    """What a kernel is compiled for: other arguments with the same need no other program."""
+
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list]
+    options: dict[str, Any]
+
+
+def specialization(kernel: Any, args: tuple, kwargs: dict) -> Specialization:
+    """As the just-in-time compiler specialises for these arguments."""
     bound = dict(zip([p.name for p in kernel.params], args, strict=False))
     options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
     bound.update({name: value for name, value in kwargs.items() if name not in OPTIONS})
@@ -86,6 +95,11 @@ def compile_for(target: GPUTarget, kernel: Any, args: tuple, kwargs: dict) -> An
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
             if specialize and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
+    return Specialization(signature, constants, attributes, options)
+
+
+def compile_for(target: GPUTarget, kernel: Any, args: tuple, kwargs: dict) -> Any:
+    signature, constants, attributes, options = specialization(kernel, args, kwargs)
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=options)
 
@@ -204,10 +218,15 @@ def one_pass_cases() -> Iterator[tuple[str, Callable, tuple]]:
         yield f"one pass {name} backward", lowrank.backward, (dy, source, z, u, static, residual, packed, None)
 
 
-def recordable(wanted: str = "") -> Iterator[tuple[str, Callable, tuple]]:
-    """The cases whose name holds `wanted`, for a device that is not there."""
+def without_device() -> None:
+    """Launchers ask how large the device is: it is not there."""
     for module in (direct, lowrank, lowrank_half, lowrank_half_backward):
         module.multiprocessors = lambda device: MULTIPROCESSORS
+
+
+def recordable(wanted: str = "") -> Iterator[tuple[str, Callable, tuple]]:
+    """The cases whose name holds `wanted`."""
+    without_device()
     return (case for case in (*cases(), *lowrank_corners(), *one_pass_cases()) if wanted in case[0])
 
 
