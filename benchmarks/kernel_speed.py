@@ -170,6 +170,15 @@ def group_rows(head_dim: int, args: argparse.Namespace, flush: torch.Tensor) -> 
     ]
 
 
+def print_row(row: dict) -> None:
+    size = "" if row["head_size"] is None else f" P={row['head_size']}"
+    print(
+        f"{row['mode']}{size} {row['direction']} {row['implementation']}: {row['us']:.1f} us, "
+        f"{row['ratio']:.2f} x {row['floor_us']:.1f}",
+        flush=True,
+    )
+
+
 def compare_with_fla(rows: list[dict]) -> None:
     static = {r["direction"]: r["us"] for r in rows if r["implementation"] == "fla"}
     for row in rows:
@@ -206,12 +215,7 @@ def main() -> None:
     for measurement in measurements:
         for row in measurement(args, flush):
             rows.append(row)
-            size = "" if row["head_size"] is None else f" P={row['head_size']}"
-            print(
-                f"{row['mode']}{size} {row['direction']} {row['implementation']}: {row['us']:.1f} us, "
-                f"{row['ratio']:.2f} x {row['floor_us']:.1f}",
-                flush=True,
-            )
+            print_row(row)
     compare_with_fla(rows)
     write_report(args.out, rows, shape={k: v for k, v in vars(args).items() if k != "out"})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_speed import rows_of
+from kernel_speed import print_row, rows_of
 from report import write_report
 
 # dtype, W, R.
@@ -44,11 +44,7 @@ def main() -> None:
         call = argparse.Namespace(**shape, dtype=dtype, kernel_size=kernel_size, rank=rank)
         for row in rows_of("lowrank", None, call, flush):
             rows.append(row | {"mode": f"W={kernel_size}, R={rank}, {dtype}"})
-            print(
-                f"{rows[-1]['mode']} {row['direction']} {row['implementation']}: {row['us']:.1f} us, "
-                f"{row['ratio']:.2f} x {row['floor_us']:.1f}",
-                flush=True,
-            )
+            print_row(rows[-1])
         write_report(args.out, rows, shape=shape)
 
 

@@ -388,6 +388,8 @@ def backward(
     if lowrank_half_backward.covers(x, coefficients, basis, static_filter, initial_state):
         lowrank_half_backward.backward(dy, x, coefficients, basis, static_filter, residual, positions, gradients[:4])
         return gradients
+    # Both launches read these: what has to be copied is copied once.
+    dy, coefficients, basis = rows(dy).tensor, rows(coefficients, wide=False).tensor, basis.contiguous()
     _filtered_sum(dy, coefficients, basis, static_filter, residual, positions, dstate, dx, True)
     _filter_gradients(dy, x, coefficients, basis, positions, initial_state, dcoefficients, dbasis, dstatic)
     return gradients

@@ -122,26 +122,33 @@ def resources(compiled: Any) -> dict[str, int]:
     }
 
 
-def _tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+def meta_tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _arguments(
-    dtype: torch.dtype, parameter: torch.dtype, size: int, channels: int, has_static: bool, masked: bool
+def arguments(
+    dtype: torch.dtype,
+    parameter: torch.dtype,
+    size: int,
+    channels: int,
+    has_static: bool,
+    masked: bool,
+    batch: int = BATCH,
+    tokens: int = TOKENS,
 ) -> tuple[torch.Tensor, tuple]:
     """x, and what all modes take after their filters; masked: positions and state."""
-    x = _tensor(BATCH, TOKENS, channels, dtype=dtype)
-    s = _tensor(size, channels, dtype=parameter) if has_static else None
-    positions = _tensor(BATCH, TOKENS, dtype=torch.int64) if masked else None
-    state = _tensor(BATCH, size - 1, channels, dtype=dtype) if masked else None
+    x = meta_tensor(batch, tokens, channels, dtype=dtype)
+    s = meta_tensor(size, channels, dtype=parameter) if has_static else None
+    positions = meta_tensor(batch, tokens, dtype=torch.int64) if masked else None
+    state = meta_tensor(batch, size - 1, channels, dtype=dtype) if masked else None
     return x, (s, True, positions, state)
 
 
 def _lowrank(
     name: str, x: torch.Tensor, rank: int, size: int, parameter: torch.dtype, common: tuple
 ) -> Iterator[tuple[str, Callable, tuple]]:
-    z = _tensor(BATCH, TOKENS, rank, dtype=x.dtype)
-    u = _tensor(rank, size, x.shape[-1], dtype=parameter)
+    z = meta_tensor(BATCH, TOKENS, rank, dtype=x.dtype)
+    u = meta_tensor(rank, size, x.shape[-1], dtype=parameter)
     yield f"lowrank R{rank} {name} forward", lowrank.forward, (x, z, u, *common)
     yield f"lowrank R{rank} {name} backward", lowrank.backward, (x, x, z, u, *common)
 
@@ -163,12 +170,12 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
         (fp32, fp32, 8, 16, True, True),
     ]
     for dtype, parameter, size, rank, has_static, masked in settings:
-        x, common = _arguments(dtype, parameter, size, channels, has_static, masked)
+        x, common = arguments(dtype, parameter, size, channels, has_static, masked)
         flags = "".join(flag for flag, on in ((" static", has_static), (" masked", masked)) if on)
         name = f"{TYPES[dtype]}/{TYPES[parameter]} W{size}{flags}"
         yield from _lowrank(name, x, rank, size, parameter, common)
         for head_size in (1, 16, channels):
-            f = _tensor(BATCH, TOKENS, channels // head_size, size, dtype=dtype)
+            f = meta_tensor(BATCH, TOKENS, channels // head_size, size, dtype=dtype)
             yield f"headwise P{head_size} {name} forward", direct.forward, (x, f, *common)
             yield f"headwise P{head_size} {name} backward", direct.backward, (x, x, f, *common)
         if has_static:
@@ -193,7 +200,7 @@ def lowrank_corners() -> Iterator[tuple[str, Callable, tuple]]:
         (fp32, fp32, 1, 1, 1000, False),
         (fp32, fp32, 8, 15, 2048, True),
     ]:
-        x, common = _arguments(dtype, parameter, size, channels, True, masked)
+        x, common = arguments(dtype, parameter, size, channels, True, masked)
         name = f"D{channels} {TYPES[dtype]}/{TYPES[parameter]} W{size}{' masked' if masked else ''}"
         yield from _lowrank(name, x, rank, size, parameter, common)
 
@@ -202,10 +209,10 @@ def one_pass_cases() -> Iterator[tuple[str, Callable, tuple]]:
     """Every variant of the fast kernels of training: packed documents (positions, no state), no static filter, no
     residual, x as a slice of a wider tensor."""
     bf16 = torch.bfloat16
-    x, z = _tensor(4, 4096, 2048, dtype=bf16), _tensor(4, 4096, 15, dtype=bf16)
-    u, s = _tensor(15, 4, 2048, dtype=bf16), _tensor(4, 2048, dtype=bf16)
-    positions = _tensor(4, 4096, dtype=torch.int64)
-    sliced = _tensor(4, 4096, 4096, dtype=bf16)[..., :2048]
+    x, z = meta_tensor(4, 4096, 2048, dtype=bf16), meta_tensor(4, 4096, 15, dtype=bf16)
+    u, s = meta_tensor(15, 4, 2048, dtype=bf16), meta_tensor(4, 2048, dtype=bf16)
+    positions = meta_tensor(4, 4096, dtype=torch.int64)
+    sliced = meta_tensor(4, 4096, 4096, dtype=bf16)[..., :2048]
     for name, dy, source, static, residual, packed in [
         ("packed", x, x, s, True, positions),
         ("packed, no static", x, x, None, True, positions),

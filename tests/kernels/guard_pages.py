@@ -33,7 +33,7 @@ def guarded(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:
     if size == 0:
         return tensor
     pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    # Never given back: a copy of it would be.
+    # PyTorch keeps the object, and Python does not unmap it while its address is held: nothing else moves in.
     memory = mmap.mmap(-1, pages + 2 * GUARD)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for forbidden in (start, start + GUARD + pages):

@@ -14,29 +14,22 @@ import torch
 
 from dynconv_hf.kernels import direct, launch, lowrank
 from tests.kernels import artefacts
+from tests.kernels.artefacts import meta_tensor
 
 SHAPES = [(2, 512), (1, 1), (1, 2), (3, 1), (2, 16), (1, 37), (3, 255), (5, 777), (16, 64), (1, 4097), (4, 8192)]
 CHANNELS = 192
 
 
-def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def launches(mode: str, dtype: torch.dtype, kernel_size: int, masked: bool, batch: int, tokens: int) -> list:
     """Those of forward and backward; masked: positions and state."""
-    x = _empty(batch, tokens, CHANNELS, dtype=dtype)
-    static_filter = _empty(kernel_size, CHANNELS, dtype=dtype)
-    positions = _empty(batch, tokens, dtype=torch.int64) if masked else None
-    state = _empty(batch, kernel_size - 1, CHANNELS, dtype=dtype) if masked else None
-    common = (static_filter, True, positions, state)
+    x, common = artefacts.arguments(dtype, dtype, kernel_size, CHANNELS, True, masked, batch, tokens)
     kernels: tuple[Callable, Callable] = (direct.forward, direct.backward)
     filters: tuple = (None,)
     if mode == "lowrank":
         kernels = (lowrank.forward, lowrank.backward)
-        filters = (_empty(batch, tokens, 15, dtype=dtype), _empty(15, kernel_size, CHANNELS, dtype=dtype))
+        filters = (meta_tensor(batch, tokens, 15, dtype=dtype), meta_tensor(15, kernel_size, CHANNELS, dtype=dtype))
     elif mode == "headwise":
-        filters = (_empty(batch, tokens, CHANNELS // 4, kernel_size, dtype=dtype),)
+        filters = (meta_tensor(batch, tokens, CHANNELS // 4, kernel_size, dtype=dtype),)
     forward, backward = kernels
     return [
         *artefacts.record(forward, x, *filters, *common),

@@ -3,11 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from .processes import run_python
 
 # With a GPU, its own tool looks at what is compiled for it: see sanitize.py.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and compute-sanitizer for it")
@@ -22,9 +23,7 @@ ctypes.string_at(tensor.data_ptr() + (20 if at_end else -1), 1)
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path.cwd()), environment.get("PYTHONPATH"))))
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    return run_python(os.environ | {"TRITON_INTERPRET": "1"}, *arguments)
 
 
 @pytest.mark.parametrize("at_end", [False, True])

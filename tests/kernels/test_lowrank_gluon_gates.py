@@ -1,16 +1,12 @@
 """What the Gluon path of the low-rank convolution promises without a GPU: what it covers, and no spilled registers."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from dynconv_hf.kernels import lowrank_gluon
 from dynconv_hf.kernels.rotary import Rotary
+
+from .processes import rows_of
 
 needs_gluon = pytest.mark.skipif(lowrank_gluon.MISSING is not None, reason=str(lowrank_gluon.MISSING))
 
@@ -101,12 +97,6 @@ def test_the_plan_of_the_usual_shape_is_one_full_wave():
 
 
 def test_nothing_spills():
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.gluon_artefacts"]
-    result = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    spilled = {row["case"]: row["spilled"] for row in map(json.loads, result.stdout.splitlines())}
+    spilled = {row["case"]: row["spilled"] for row in rows_of("gluon_artefacts.py")}
     assert len(spilled) == 33
     assert not any(spilled.values()), spilled

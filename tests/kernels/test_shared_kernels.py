@@ -1,20 +1,15 @@
 """What has been compiled for one batch size and number of tokens serves all others."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from .cases import Case, run
+from .processes import rows_of
 
 BF16 = torch.bfloat16
-SCRIPT = Path(__file__).with_name("specializations.py")
 
 
 def call(case: Case) -> None:
@@ -22,13 +17,7 @@ def call(case: Case) -> None:
 
 
 def test_batches_and_tokens_are_not_specialised_on() -> None:
-    # Interpreted kernels are not specialised: a process of its own.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path.cwd()), environment.get("PYTHONPATH"))))
-    result = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    found = [json.loads(line) for line in result.stdout.splitlines()]
-    assert found
+    found = rows_of("specializations.py")
     assert not [row for row in found if row["one"] == 0 or row["all"] != row["one"]]
 
 
