@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from dynconv_hf import DynConvLlamaConfig, DynConvLlamaForCausalLM, freeze_base, lora_config, parameter_groups
@@ -134,23 +133,6 @@ def test_convolutions_that_an_adapter_would_not_save():
 def test_nothing_to_freeze_a_base_for():
     with pytest.raises(ValueError, match="this LlamaForCausalLM has no convolution to train"):
         freeze_base(LlamaForCausalLM(LlamaConfig(**SIZES)))
-
-
-def test_frozen_before_it_is_distributed(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        # It would wait for gradients that never come, and fail at the second step.
-        with pytest.raises(ValueError, match=r"freeze the base before wrapping the model"):
-            freeze_base(DistributedDataParallel(small_model()))
-        model = DistributedDataParallel(freeze_base(small_model()))
-        assert freeze_base(model) is model
-        ids = torch.arange(16)[None]
-        for _ in range(3):
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        assert all((parameter.grad is None) != parameter.requires_grad for parameter in model.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("checkpointing", [{}, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
