@@ -1,4 +1,4 @@
-"""A test that never returns to Python fails by itself: PyTorch can wait for its own threads with Python's lock held."""
+"""A test that never returns to Python fails by itself: PyTorch can wait for its threads with Python's lock held."""
 
 import subprocess
 import sys

@@ -4,8 +4,7 @@ One launch serves a group of tensors (queries, keys and values, say), which shar
 single tensor is a group of one. Some of the group may be rotated (RoPE) by the same kernels. `covers_group` says
 whether this path serves a call, in words where it does not; `forward_group` and `backward_group` trust that it does.
 Configurations follow from shapes and the device by rule: nothing is tried out at run time. A compiled kernel serves
-all B, T and channels, but for two switches: whether T is a multiple of the tile, and whether all channels are
-multiples of 256.
+all B, T and channels, but for one switch: whether all channels are multiples of 256.
 """
 
 import functools

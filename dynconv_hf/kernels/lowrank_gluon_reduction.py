@@ -137,7 +137,7 @@ def _reduce_du(
     # Several loads at once, or the sum would wait for each in turn.
     for chunk in range(0, chunks, AHEAD):
         for ahead in tl.static_range(AHEAD):
-            pointers = partial_ptr + (chunk + ahead).to(tl.int64) * (64 * D) + element
+            pointers = partial_ptr + (chunk + ahead) * (64 * D).to(tl.int64) + element
             total += tl.load(pointers, mask=chunk + ahead < chunks, other=0.0)
     # 4 * D is a multiple of ELEMENTS: a program's elements are of one rank.
     if first < R * 4 * D:
