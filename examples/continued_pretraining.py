@@ -11,6 +11,7 @@ Every argument of `transformers.TrainingArguments` works too, and so does `accel
 the losses as `loss_curves.json` and `loss_curves.png`.
 """
 
+import gc
 import json
 import math
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -380,5 +382,16 @@ def main() -> None:
         print(f"The model, its checkpoints and loss curves are in {training_arguments.output_dir}")
 
 
+def leave_process_group() -> None:
+    """For the end of a script that may have been launched as several processes, when no model is wrapped any more.
+
+    PyTorch's gloo threads run into Python's end otherwise, which now and then aborts a process that has done its work.
+    """
+    # Were a wrapped model the last to own the group, it would wait for these threads with Python's lock held.
+    gc.collect()
+    PartialState().destroy_process_group()
+
+
 if __name__ == "__main__":
     main()
+    leave_process_group()

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from continued_pretraining import ConvTrainer, ModelArguments, checkpoint_to_resume, load_model
+from continued_pretraining import (
+    ConvTrainer,
+    ModelArguments,
+    checkpoint_to_resume,
+    leave_process_group,
+    load_model,
+)
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer, TrlParser
@@ -175,3 +181,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

@@ -105,12 +105,22 @@ def test_what_it_leaves(tmp_path, tokenizer, blocks):
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
 
 
+# Gloo's threads abort a process now and then that ends with its group.
+AT_EXIT = f"""
+import atexit, runpy, torch
+atexit.register(lambda: print("in a group:", torch.distributed.is_initialized()))
+runpy.run_path({example.__file__!r}, run_name="__main__")
+"""
+
+
 def test_under_accelerate_launch(tmp_path, text_file):
+    script = tmp_path / "launched.py"
+    script.write_text(AT_EXIT)
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         # With `--cpu`, accelerate starts more than one process only through MPI.
         *("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
-        *("--num_cpu_threads_per_process", "1", "--main_process_port", "0", example.__file__),
+        *("--num_cpu_threads_per_process", "1", "--main_process_port", "0", str(script)),
         *("--model_name_or_path", CHECKPOINT, "--text_file", text_file, "--block_size", "64"),
         *("--output_dir", str(tmp_path / "out"), "--max_steps", "3", "--per_device_train_batch_size", "2"),
         *("--logging_steps", "1", "--learning_rate", "1e-3", "--conv_learning_rate", "1e-2"),
@@ -118,6 +128,7 @@ def test_under_accelerate_launch(tmp_path, text_file):
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("in a group: False") == 2
     assert result.stdout.count("The model, its checkpoints and loss curves are in") == 1
     metrics = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert metrics["train_samples_per_second"] == pytest.approx(3 * 2 * 2 / metrics["train_runtime"], rel=0.01)
