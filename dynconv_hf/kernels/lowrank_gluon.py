@@ -18,13 +18,7 @@ from .rotary import Rotary
 try:
     from .lowrank_gluon_backward import lowrank_backward_kernel
     from .lowrank_gluon_forward import lowrank_forward_kernel
-    from .lowrank_gluon_reduction import (
-        DU_AHEAD,
-        DU_ELEMENTS,
-        DZ_ROWS,
-        lowrank_reduction_kernel,
-        lowrank_state_gradient_kernel,
-    )
+    from .lowrank_gluon_reduction import add_partial_sums, lowrank_state_gradient_kernel
 
     MISSING = None
 except (ImportError, AttributeError) as error:
@@ -236,7 +230,6 @@ def backward_group(
     """
     batch, tokens, _ = xs[0].shape
     device = xs[0].device
-    members, rank = coefficients.shape[2:]
     channels = tuple(x.shape[2] for x in xs)
     plan = plan_backward_group(batch, tokens, channels, _head_dim(rotary), device.index)
     block = plan.warps * WARP_CHANNELS
@@ -264,28 +257,8 @@ def backward_group(
             RESIDUAL=residual,
             num_warps=plan.warps,
         )
-        dz_programs = -(-chunks * pairs * 2 * RUNS // DZ_ROWS)
-        sums = (rank + (static_filters[0] is not None)) * TAPS
-        du_programs = tuple(sums * size // DU_ELEMENTS for size in channels)
-        lowrank_reduction_kernel[(members * dz_programs + sum(du_programs),)](
-            dz_partial,
-            du_partial,
-            dcoefficients,
-            tuple(dbases),
-            _tuple(dstatics),
-            channels,
-            du_programs,
-            tokens,
-            plan.run_length,
-            plan.chunks,
-            chunks,
-            dz_programs,
-            R=rank,
-            BLOCK=block,
-            DZ_ROWS=DZ_ROWS,
-            DU_ELEMENTS=DU_ELEMENTS,
-            DU_AHEAD=DU_AHEAD,
-            num_warps=4,
+        add_partial_sums(
+            dz_partial, du_partial, dcoefficients, dbases, dstatics, channels, plan.run_length, plan.chunks, block
         )
         if initial_states[0] is not None:
             del group["x_ptrs"], group["x_strides"], group["state_ptrs"]

@@ -1,13 +1,59 @@
 """What `lowrank_gluon_backward` leaves: its partial sums, added in a fixed order, and the gradient of the state."""
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 
-__all__ = ["DU_AHEAD", "DU_ELEMENTS", "DZ_ROWS", "lowrank_reduction_kernel", "lowrank_state_gradient_kernel"]
+__all__ = ["add_partial_sums", "lowrank_state_gradient_kernel"]
 
 DZ_ROWS = 64
 DU_ELEMENTS = 512
 DU_AHEAD = 16
+
+
+def add_partial_sums(
+    dz_partial: torch.Tensor,
+    du_partial: torch.Tensor,
+    dcoefficients: torch.Tensor,
+    dbases: Sequence[torch.Tensor],
+    dstatic_filters: Sequence[torch.Tensor] | Sequence[None],
+    channels: tuple[int, ...],
+    run_length: int,
+    sequence_chunks: int,
+    block: int,
+) -> None:
+    """Fills dcoefficients (B, T, members, R) and each member's dbasis (R, 4, D) and dstatic_filter (4, D), or None.
+
+    dz_partial: (blocks of `block` channels of all members, B * sequence_chunks, run_length / 2, 16, 16). du_partial:
+    (B * sequence_chunks, 16, 4, D) of each member, one after the other. Both float32; all are contiguous.
+    """
+    batch, tokens, members, rank = dcoefficients.shape
+    static = dstatic_filters[0] is not None
+    chunks = batch * sequence_chunks
+    dz_programs = -(-chunks * run_length * 8 // DZ_ROWS)
+    du_programs = tuple((rank + static) * 4 * size // DU_ELEMENTS for size in channels)
+    lowrank_reduction_kernel[(members * dz_programs + sum(du_programs),)](
+        dz_partial,
+        du_partial,
+        dcoefficients,
+        tuple(dbases),
+        tuple(dstatic_filters) if static else None,
+        channels,
+        du_programs,
+        tokens,
+        run_length,
+        sequence_chunks,
+        chunks,
+        dz_programs,
+        R=rank,
+        BLOCK=block,
+        DZ_ROWS=DZ_ROWS,
+        DU_ELEMENTS=DU_ELEMENTS,
+        DU_AHEAD=DU_AHEAD,
+        num_warps=4,
+    )
 
 
 # How many blocks' partial sums of dz are loaded at once.

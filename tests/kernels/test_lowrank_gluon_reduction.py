@@ -6,13 +6,7 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from dynconv_hf.kernels import lowrank_dynamic_conv1d_group
-from dynconv_hf.kernels.lowrank_gluon_reduction import (
-    DU_AHEAD,
-    DU_ELEMENTS,
-    DZ_ROWS,
-    lowrank_reduction_kernel,
-    lowrank_state_gradient_kernel,
-)
+from dynconv_hf.kernels.lowrank_gluon_reduction import add_partial_sums, lowrank_state_gradient_kernel
 
 from .group_cases import GroupCase
 
@@ -72,27 +66,17 @@ def test_partial_sums_are_added(
     du_CRWD = [torch.randn(chunks, RANKS, TAPS, size, generator=generator) for size in channels]
     dz = torch.full((batch, tokens, len(channels), rank), float("nan"), dtype=dtype)
     dbases = tuple(torch.full((rank, TAPS, size), float("nan"), dtype=dtype) for size in channels)
-    dstatics = tuple(torch.full((TAPS, size), float("nan"), dtype=dtype) for size in channels) if static else None
-    dz_programs = -(-chunks * run_length * RUNS // DZ_ROWS)
-    du_programs = tuple((rank + static) * TAPS * size // DU_ELEMENTS for size in channels)
-    lowrank_reduction_kernel[(len(channels) * dz_programs + sum(du_programs),)](
+    dstatics = [torch.full((TAPS, size), float("nan"), dtype=dtype) if static else None for size in channels]
+    add_partial_sums(
         partial_sums_of_dz(dz_KBTR, run_length),
         torch.cat([du.flatten() for du in du_CRWD]),
         dz,
         dbases,
         dstatics,
         channels,
-        du_programs,
-        tokens,
         run_length,
         sequence_chunks,
-        chunks,
-        dz_programs,
-        R=rank,
-        BLOCK=block,
-        DZ_ROWS=DZ_ROWS,
-        DU_ELEMENTS=DU_ELEMENTS,
-        DU_AHEAD=DU_AHEAD,
+        block,
     )
     of_members = dz_KBTR.split([size // block for size in channels])
     expected_dz = torch.stack([part.sum(0)[..., :rank] for part in of_members], dim=2)
