@@ -257,9 +257,7 @@ def backward_group(
             RESIDUAL=residual,
             num_warps=plan.warps,
         )
-        add_partial_sums(
-            dz_partial, du_partial, dcoefficients, dbases, dstatics, channels, plan.run_length, plan.chunks, block
-        )
+        add_partial_sums(dz_partial, du_partial, dcoefficients, dbases, dstatics)
         if initial_states[0] is not None:
             del group["x_ptrs"], group["x_strides"], group["state_ptrs"]
             block = FORWARD_WARPS * WARP_CHANNELS

@@ -19,20 +19,17 @@ def add_partial_sums(
     dcoefficients: torch.Tensor,
     dbases: Sequence[torch.Tensor],
     dstatic_filters: Sequence[torch.Tensor] | Sequence[None],
-    channels: tuple[int, ...],
-    run_length: int,
-    sequence_chunks: int,
-    block: int,
 ) -> None:
     """Fills dcoefficients (B, T, members, R) and each member's dbasis (R, 4, D) and dstatic_filter (4, D), or None.
 
-    dz_partial: (blocks of `block` channels of all members, B * sequence_chunks, run_length / 2, 16, 16). du_partial:
-    (B * sequence_chunks, 16, 4, D) of each member, one after the other. Both float32; all are contiguous.
+    dz_partial: (blocks of channels of all members, B * chunks, pairs of tokens of a run, 16, 16). du_partial: (B *
+    chunks, 16, 4, D) of each member, one after the other. Both float32; all are contiguous.
     """
     batch, tokens, members, rank = dcoefficients.shape
+    blocks, chunks, pairs, rows, _ = dz_partial.shape
+    channels = tuple(dbasis.shape[2] for dbasis in dbases)
     static = dstatic_filters[0] is not None
-    chunks = batch * sequence_chunks
-    dz_programs = -(-chunks * run_length * 8 // DZ_ROWS)
+    dz_programs = -(-chunks * pairs * rows // DZ_ROWS)
     du_programs = tuple((rank + static) * 4 * size // DU_ELEMENTS for size in channels)
     lowrank_reduction_kernel[(members * dz_programs + sum(du_programs),)](
         dz_partial,
@@ -43,12 +40,12 @@ def add_partial_sums(
         channels,
         du_programs,
         tokens,
-        run_length,
-        sequence_chunks,
+        2 * pairs,
+        chunks // batch,
         chunks,
         dz_programs,
         R=rank,
-        BLOCK=block,
+        BLOCK=sum(channels) // blocks,
         DZ_ROWS=DZ_ROWS,
         DU_ELEMENTS=DU_ELEMENTS,
         DU_AHEAD=DU_AHEAD,

@@ -6,13 +6,10 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from dynconv_hf.kernels import lowrank_dynamic_conv1d_group
+from dynconv_hf.kernels.lowrank_gluon import RANKS, RUNS, TAPS
 from dynconv_hf.kernels.lowrank_gluon_reduction import add_partial_sums, lowrank_state_gradient_kernel
 
 from .group_cases import GroupCase
-
-RANKS = 16
-RUNS = 8
-TAPS = 4
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of the whole backward run there")
 
@@ -39,7 +36,7 @@ def partial_sums_of_dz(dz_KBTR: torch.Tensor, run_length: int) -> torch.Tensor:
     padded[:, :, :tokens] = dz_KBTR
     # Of a run's tokens, two at a time make a pair; a pair's 16 rows are the first token of each run, then the second.
     runs = padded.view(blocks, batch * chunks, RUNS, run_length // 2, 2, RANKS)
-    return runs.permute(0, 1, 3, 4, 2, 5).contiguous()
+    return runs.permute(0, 1, 3, 4, 2, 5).flatten(3, 4)
 
 
 @pytest.mark.parametrize(
@@ -60,24 +57,14 @@ def test_partial_sums_are_added(
     dtype: torch.dtype,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    sequence_chunks = -(-tokens // (RUNS * run_length))
-    chunks = batch * sequence_chunks
+    chunks = batch * -(-tokens // (RUNS * run_length))
     dz_KBTR = torch.randn(sum(channels) // block, batch, tokens, RANKS, generator=generator)
     du_CRWD = [torch.randn(chunks, RANKS, TAPS, size, generator=generator) for size in channels]
     dz = torch.full((batch, tokens, len(channels), rank), float("nan"), dtype=dtype)
     dbases = tuple(torch.full((rank, TAPS, size), float("nan"), dtype=dtype) for size in channels)
     dstatics = [torch.full((TAPS, size), float("nan"), dtype=dtype) if static else None for size in channels]
-    add_partial_sums(
-        partial_sums_of_dz(dz_KBTR, run_length),
-        torch.cat([du.flatten() for du in du_CRWD]),
-        dz,
-        dbases,
-        dstatics,
-        channels,
-        run_length,
-        sequence_chunks,
-        block,
-    )
+    du_partial = torch.cat([du.flatten() for du in du_CRWD])
+    add_partial_sums(partial_sums_of_dz(dz_KBTR, run_length), du_partial, dz, dbases, dstatics)
     of_members = dz_KBTR.split([size // block for size in channels])
     expected_dz = torch.stack([part.sum(0)[..., :rank] for part in of_members], dim=2)
     torch.testing.assert_close(dz, expected_dz.to(dtype))
