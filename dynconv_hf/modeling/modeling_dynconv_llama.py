@@ -37,6 +37,7 @@ from transformers.utils import logging
 from ..kernels import Rotary
 from ..model_card import keep_users_card, prepare_card_for_push, write_model_card
 from .configuration_dynconv_llama import DynConvLlamaConfig, conv_name
+from .conv_cache import adopt_layers, check_states, end_past_recording
 from .conv_group import can_group, convolve_group, rotary_of_group
 from .decode_step import step_group
 from .dynamic_conv import DynamicShortConv
@@ -309,23 +310,31 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
         """As LlamaModel. The convolutions see only real tokens of a token's own document.
 
         Documents and padding are known from a 2-D `attention_mask`, from `position_ids` that restart, from
-        `cu_seq_lens_q` and from `seq_idx`; a 4-D mask says nothing to a convolution.
+        `cu_seq_lens_q`, from `seq_idx` and from a 4-D mask, as far as it hides the tokens just before a token.
 
         Raises:
-            ValueError: `past_key_values` has no place for the states of the convolutions.
+            ValueError: `past_key_values` has no place for the states of the convolutions, or not the states that its
+                tokens ask for; a mask has padding inside of a text, or branches, which a convolution cannot step over.
         """
         if self.config.conv_recompute and self.training and torch.is_grad_enabled() and past_key_values is None:
             if use_cache:
                 logger.warning_once("A cache is incompatible with conv_recompute=True. Setting `use_cache=False`.")
             use_cache = False
-        attention_mask, padding_mask = _split_masks(attention_mask)
+        attention_mask, padding_mask, whole_mask = _split_masks(attention_mask)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
         if past_key_values is not None:
             self._check_cache(past_key_values)
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
+            adopt_layers(past_key_values, self.config.layer_types)
+            if tokens is not None:
+                check_states(past_key_values, self.config.layer_types, tokens.shape[0])
         conv_positions = None
-        if tokens is not None:
+        if tokens is not None and self.config.conv_kernel_size > 1:
             conv_positions = token_positions(
                 tokens.shape[:2],
+                kernel_size=self.config.conv_kernel_size,
+                whole_mask=whole_mask,
+                # As in transformers' masks: with a mask or a cache, positions may leave some out.
+                jumps_begin_documents=attention_mask is None and past_key_values is None,
                 past_length=0 if past_key_values is None else past_key_values.get_seq_length(),
                 attention_mask=padding_mask,
                 position_ids=position_ids,
@@ -351,7 +360,9 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
                 raise ValueError(
                     f"past_key_values ({type(cache).__name__}) has no place for the states of the convolutions in "
                     f"layer {layer_idx}; make the cache with the model's config, as in "
-                    "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)"
+                    "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...). "
+                    "PEFT's prefix tuning makes such a cache itself and is not supported: use LoRA, as "
+                    "dynconv_hf.lora_config sets it up"
                 )
             if cache.offloading and cache.is_compileable:
                 raise ValueError(
@@ -368,6 +379,18 @@ class DynConvLlamaForCausalLM(DynConvLlamaPreTrainedModel, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a cache that assisted generation made record its past is left as small as it was."""
+        given = kwargs.get("past_key_values")
+        # A user who records the past for rollbacks of their own goes on doing so.
+        if isinstance(given, Cache) and any(given.is_recording_past(idx) for idx in range(len(given.layers))):
+            return super().generate(*args, **kwargs)
+        output = super().generate(*args, **kwargs)
+        for cache in (given, getattr(output, "past_key_values", None)):
+            if isinstance(cache, Cache):
+                end_past_recording(cache)
+        return output
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, where the convolutions have no state (kernel size 1); an error where they have.
@@ -437,14 +460,17 @@ def _rotate_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, r
     return [query.flatten(2), key.flatten(2), value]
 
 
-def _split_masks(mask: Any) -> tuple[Any, torch.Tensor | None]:
-    """The mask for attention, and the 2-D padding mask for the convolutions if there is one."""
+def _split_masks(mask: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
+    """The mask for attention, and what tells the convolutions of padding: a 2-D mask, or a 4-D one."""
     if isinstance(mask, dict):
         # generate() makes the masks itself for a compilable cache: one for each kind of state in a hybrid layer.
-        return mask["full_attention"], mask.get("linear_attention")
+        whole = None if "linear_attention" in mask else mask["full_attention"]
+        return mask["full_attention"], mask.get("linear_attention"), whole
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        return mask, mask
-    return mask, None
+        return mask, mask, None
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        return mask, None, mask
+    return mask, None, None
 
 
 def _exchange_conv_state(

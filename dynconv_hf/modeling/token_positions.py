@@ -11,6 +11,9 @@ from ..kernels import MAX_KERNEL_SIZE
 
 __all__ = ["token_positions"]
 
+# What a mask that is added to the scores of attention hides; float16 has no number below -65504.
+HIDDEN = -1e4
+
 
 def token_positions(
     shape: tuple[int, int],
@@ -20,6 +23,9 @@ def token_positions(
     position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
+    whole_mask: torch.Tensor | None = None,
+    kernel_size: int = MAX_KERNEL_SIZE,
+    jumps_begin_documents: bool = True,
 ) -> torch.Tensor | None:
     """The index of each token within its own sequence, as far as a convolution can tell the difference.
 
@@ -30,29 +36,37 @@ def token_positions(
         position_ids: (B, T) or (1, T); a step other than +1 begins a document, as in transformers' own masks.
         cu_seq_lens_q: (documents + 1,), cumulative lengths over the B * T tokens in a row.
         seq_idx: (B, T) or (1, T), the number of each token's document.
+        whole_mask: (B or 1, heads or 1, T, past_length + T or more), what each token attends to: True or 0 where it
+            does, False or a large negative number where it does not.
+        kernel_size: W; what lies W or more tokens back is not looked at.
+        jumps_begin_documents: whether `position_ids` that jump ahead begin a document; a step back always does.
 
     Returns:
         (B, T) or (1, T) int32: exact up to the largest kernel size, at least that beyond it; None where nothing
         marks a boundary.
 
     Raises:
-        ValueError: a shape does not fit; the message holds it.
+        ValueError: a shape does not fit; the message holds it. A mask has padding between tokens of one text, or
+            hides a token but shows the one before it: a convolution cannot step over what is hidden.
     """
     bounds = []
-    if attention_mask is not None:
-        bounds.append(_from_mask(attention_mask, shape, past_length))
     if position_ids is not None:
-        bounds.append(_from_position_ids(position_ids, shape))
+        bounds.append(_from_position_ids(position_ids, shape, jumps_begin_documents))
     if cu_seq_lens_q is not None:
         bounds.append(_from_cu_seq_lens(cu_seq_lens_q, shape))
     if seq_idx is not None:
         bounds.append(_from_seq_idx(seq_idx, shape))
-    if not bounds:
-        return None
-    positions = bounds[0]
-    for bound in bounds[1:]:
-        positions = torch.minimum(positions, bound.to(positions.device))
-    return positions.to(torch.int32)
+    positions = None
+    for bound in bounds:
+        positions = bound if positions is None else torch.minimum(positions, bound.to(positions.device))
+    if attention_mask is not None:
+        bound = _from_mask(attention_mask, shape, past_length)
+        _check_padding(attention_mask, bound, positions, past_length, kernel_size)
+        positions = bound if positions is None else torch.minimum(bound, positions.to(bound.device))
+    if whole_mask is not None:
+        bound = _from_whole_mask(whole_mask, shape, past_length, kernel_size)
+        positions = bound if positions is None else torch.minimum(bound, positions.to(bound.device))
+    return None if positions is None else positions.to(torch.int32)
 
 
 def _from_mask(mask: torch.Tensor, shape: tuple[int, int], past_length: int | torch.Tensor) -> torch.Tensor:
@@ -75,10 +89,73 @@ def _from_mask(mask: torch.Tensor, shape: tuple[int, int], past_length: int | to
     return positions.index_select(1, past_length + torch.arange(tokens, device=mask.device))
 
 
-def _from_position_ids(position_ids: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def _check_padding(
+    mask: torch.Tensor,
+    bound: torch.Tensor,
+    other_bound: torch.Tensor | None,
+    past_length: int | torch.Tensor,
+    kernel_size: int,
+) -> None:
+    """Refuses padding inside of a text: the convolutions would take the tokens after it for a text of their own."""
+    if torch.compiler.is_compiling():
+        # The answer lies in the mask's values, which a compiled model must not wait for.
+        return
+    tokens = bound.shape[1]
+    index = torch.arange(tokens, device=mask.device) + (past_length if mask.shape[1] > tokens else 0)
+    is_real = mask != 0
+    cut = (bound < kernel_size - 1) & is_real.index_select(1, index)
+    # Where all of the padding lies before the first token of a row, nothing is beyond it.
+    first_real = is_real.to(torch.int8).argmax(dim=1, keepdim=True)
+    cut &= bound < index - first_real
+    if other_bound is not None:
+        cut &= bound < other_bound.to(bound.device)
+    if cut.any():
+        row = int(cut.any(dim=1).nonzero()[0])
+        raise ValueError(
+            f"attention_mask has padding between the tokens of row {row}, and convolutions with kernel_size="
+            f"{kernel_size} cannot step over it; pad on the left, or call the model with each row alone. Where a "
+            "document begins after the padding, say so with position_ids that start again"
+        )
+
+
+def _from_whole_mask(
+    mask: torch.Tensor, shape: tuple[int, int], past_length: int | torch.Tensor, kernel_size: int
+) -> torch.Tensor:
+    batch, tokens = shape
+    if mask.shape[0] not in (1, batch) or mask.shape[2] != tokens or mask.shape[3] < tokens:
+        raise ValueError(
+            f"a 4-D attention_mask must have shape (batch, heads, tokens, past + tokens), here ({batch}, any, {tokens}"
+            f", at least {tokens}), got {tuple(mask.shape)}"
+        )
+    is_seen = mask if mask.dtype == torch.bool else mask > HIDDEN
+    is_seen = is_seen.any(dim=1)
+    index = torch.arange(tokens, device=mask.device) + past_length
+    # (B, T, W): whether a token sees itself, the one before it, and so on.
+    before = index[:, None] - torch.arange(kernel_size, device=mask.device)
+    taps = is_seen.gather(2, before.clamp(min=0).expand(is_seen.shape[0], -1, -1)) | (before < 0)
+    reached = taps[..., 1:].to(torch.int64).cumprod(dim=-1)
+    if not torch.compiler.is_compiling():
+        has_hole = (taps[..., 1:] & (before[:, 1:] >= 0) & (reached == 0)).any(dim=-1) & taps[..., 0]
+        if has_hole.any():
+            row, token = has_hole.nonzero()[0].tolist()
+            raise ValueError(
+                f"the 4-D attention_mask shows token {token} of row {row} a token behind one that it hides, within "
+                f"the {kernel_size} that convolutions read: they cannot step over it. Put branches and documents "
+                "into rows of their own"
+            )
+    count = reached.sum(dim=-1)
+    return torch.where(count == kernel_size - 1, count + MAX_KERNEL_SIZE, count)
+
+
+def _from_position_ids(
+    position_ids: torch.Tensor, shape: tuple[int, int], jumps_begin_documents: bool
+) -> torch.Tensor:
     _check_rows("position_ids", position_ids, shape)
     starts = torch.zeros_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if jumps_begin_documents:
+        starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    else:
+        starts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
     return _since_start(starts, before=position_ids[:, :1])
 
 
