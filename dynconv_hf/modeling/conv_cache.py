@@ -9,7 +9,7 @@ Shape suffixes: B batch, D channels, L inputs that a state holds: W - 1, more wh
 """
 
 import torch
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -118,14 +118,17 @@ def adopt_layers(cache: Cache, layer_types: list[str]) -> None:
     Raises:
         ValueError: a static cache is exported, whose states a program would make anew in every call.
     """
+    if is_dynamo_compiling():
+        # Dynamo cannot follow a change of class; such a cache becomes ours in the next call that is not compiled.
+        return
     for layer, layer_type in zip(cache.layers, layer_types, strict=False):
         if layer_type == "hybrid" and type(layer) in OUR_LAYERS:
             # The object stays: users, offloading and beam search hold references to the layers of a cache.
             layer.__class__ = OUR_LAYERS[type(layer)]
     if is_exporting() and any(type(layer) in OUR_LAYERS.values() for layer in cache.layers):
         raise ValueError(
-            f"torch.export with a cache ({type(cache).__name__}) is not supported: the exported program would not keep "
-            "the states of the convolutions from call to call. Export without a cache (use_cache=False), or use "
+            f"torch.export with a cache ({type(cache).__name__}) is not supported: the exported program would not "
+            "keep the states of the convolutions from call to call. Export without a cache (use_cache=False), or use "
             'generate(cache_implementation="static"), which compiles the model'
         )
 

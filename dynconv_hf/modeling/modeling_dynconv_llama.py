@@ -387,7 +387,10 @@ class DynConvLlamaForCausalLM(DynConvLlamaPreTrainedModel, LlamaForCausalLM):
         if isinstance(given, Cache) and any(given.is_recording_past(idx) for idx in range(len(given.layers))):
             return super().generate(*args, **kwargs)
         output = super().generate(*args, **kwargs)
-        for cache in (given, getattr(output, "past_key_values", None)):
+        # The cache of a model that drafts for another one goes on recording: it is cropped after each draft.
+        is_assisted = any(kwargs.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens"))
+        made = getattr(output, "past_key_values", None) if is_assisted else None
+        for cache in (given, made):
             if isinstance(cache, Cache):
                 end_past_recording(cache)
         return output
