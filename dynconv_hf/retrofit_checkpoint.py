@@ -76,7 +76,8 @@ def retrofit_checkpoint(
 
     Raises:
         TypeError: an unknown argument.
-        ValueError: the source is not a Llama causal language model, is an adapter, quantised or damaged, or a field does not fit.
+        ValueError: the source is not a Llama causal language model, is an adapter, quantised or damaged, or a field
+            does not fit.
         FileNotFoundError: the source has no safetensors weights; the message holds the command that converts others.
         FileExistsError: the destination exists, and `overwrite` is not given or may not replace it.
         OSError: the source cannot be read or downloaded, or the disk is full.
