@@ -7,10 +7,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel
 
-__all__ = ["check_forwards", "check_layers", "check_weights"]
+__all__ = ["check_attention", "check_forwards", "check_layers", "check_weights"]
 
 # What decides the output of a model, and is not carried over from a class of the user's.
 METHODS = ("forward", "__call__", "generate", "prepare_inputs_for_generation")
+# The numbers that attention takes from the config when it is made.
+ATTENTION_NUMBERS = ("attention_dropout", "head_dim", "is_causal", "num_key_value_groups", "scaling")
 # Liger's classes compute what those they replace compute; accelerate's hooks are noted on the module.
 EQUAL_MODULES = ("liger_kernel.",)
 
@@ -51,6 +53,22 @@ def check_layers(base: LlamaForCausalLM) -> None:
             f"this model has {layers} layers, but its config says num_hidden_layers={told}: set "
             f"model.config.num_hidden_layers = {layers} first"
         )
+
+
+def check_attention(base: LlamaForCausalLM, model: nn.Module) -> None:
+    """Refuses a model whose attention computes with other numbers than that of `model`, made from its config.
+
+    Raises:
+        ValueError: a number was changed by hand, such as the scaling of the scores.
+    """
+    for idx, (layer, new_layer) in enumerate(zip(base.model.layers, model.model.layers, strict=True)):
+        for name in ATTENTION_NUMBERS:
+            found, told = (getattr(each.self_attn, name, None) for each in (layer, new_layer))
+            if found != told:
+                raise ValueError(
+                    f"model.layers.{idx}.self_attn.{name} is {found!r}, but its config makes it {told!r}: "
+                    "set it in the config instead, or on the model that retrofit() returns"
+                )
 
 
 def check_weights(base: LlamaForCausalLM, model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 from .checkpoint_files import check_is_no_adapter
 from .distributed import draw_convs_alike, is_divided
 from .modeling import DynamicShortConv, DynConvLlamaConfig, DynConvLlamaForCausalLM
-from .plain_llama import check_forwards, check_layers, check_weights
+from .plain_llama import check_attention, check_forwards, check_layers, check_weights
 
 __all__ = ["retrofit"]
 
@@ -151,6 +151,7 @@ def _retrofit_model(base: nn.Module, conv_fields: dict[str, Any]) -> DynConvLlam
     with torch.device("meta"):
         model = DynConvLlamaForCausalLM(config)
     check_weights(base, model)
+    check_attention(base, model)
     _share_weights(base, model)
     for new_layer, layer in zip(model.model.layers, base.model.layers, strict=True):
         materialize_convs(new_layer, device=layer.input_layernorm.weight.device, dtype=base.dtype)

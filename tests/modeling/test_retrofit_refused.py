@@ -51,6 +51,10 @@ def with_another_mlp(model):
     model.model.layers[1].mlp = torch.nn.Identity()
 
 
+def with_another_scaling(model):
+    model.model.layers[1].self_attn.scaling = 0.5
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -60,6 +64,7 @@ def with_another_mlp(model):
         (with_a_bias, r"has a weight lm_head\.bias"),
         (with_more_tokens, r"lm_head\.weight has shape .*resize_token_embeddings"),
         (with_a_forward, r"model\.layers\.0\.mlp is a LlamaMLP with a forward of its own"),
+        (with_another_scaling, r"model\.layers\.1\.self_attn\.scaling is 0\.5, but its config"),
         (with_another_mlp, r"model\.layers\.1\.mlp is a Identity with a forward of its own"),
     ],
 )
