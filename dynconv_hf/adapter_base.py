@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
+from .checkpoint_files import check_is_no_adapter
 from .modeling import DynConvLlamaConfig, DynConvLlamaForCausalLM
 from .modeling.configuration_dynconv_llama import COMPUTATION_FIELDS
 from .retrofit import CONV_FIELDS as RETROFIT_FIELDS
@@ -42,6 +43,7 @@ def base_with_convs(
         config, what = getattr(base, "config", None), f"this {type(base).__name__}"
     else:
         reading = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "revision", "subfolder") if key in kwargs}
+        check_is_no_adapter(base, **reading)
         config, what = AutoConfig.from_pretrained(base, **reading), repr(os.fspath(base))
     if isinstance(config, DynConvLlamaConfig):
         _check_same_convs(config, conv_fields, what, adapter)

@@ -2,14 +2,24 @@
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import parse_local_safetensors_file_metadata, snapshot_download
 from safetensors import SafetensorError, safe_open
+from transformers.utils.peft_utils import find_adapter_config_file
 
-__all__ = ["TensorHeader", "companion_files", "local_directory", "open_shard", "read_headers", "weight_files"]
+__all__ = [
+    "TensorHeader",
+    "check_is_no_adapter",
+    "companion_files",
+    "local_directory",
+    "open_shard",
+    "read_headers",
+    "weight_files",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,30 +55,55 @@ class TensorHeader(NamedTuple):
     bytes: int
 
 
-def local_directory(name_or_path: str | os.PathLike, **hub_arguments: Any) -> Path:
+def check_is_no_adapter(name_or_path: str | os.PathLike, **hub_arguments: Any) -> None:
+    """Refuses a PEFT adapter, whether or not a model lies beside it: transformers would load the adapter onto it.
+
+    Raises:
+        ValueError: there is an adapter_config.json; the message says where the adapter belongs.
+    """
+    found = find_adapter_config_file(os.fspath(name_or_path), **hub_arguments)
+    if found is None:
+        return
+    name = os.fspath(name_or_path)
+    try:
+        base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{name!r} holds an adapter whose {found} cannot be read: {error!r}") from error
+    raise ValueError(
+        f"{name!r} holds an adapter of {base!r}, and only a whole Llama can be retrofitted. An adapter that was "
+        f"trained with convolutions is loaded by dynconv_hf.load_lora({name!r}). For any other, give the Llama it was "
+        "made for, or merge it first: PeftModel.merge_and_unload(), and retrofit what that returns"
+    )
+
+
+def local_directory(name_or_path: str | os.PathLike, variant: str | None = None, **hub_arguments: Any) -> Path:
     """The directory itself, or the files of a model on the Hub: its weights and what belongs to them."""
     if os.path.isdir(name_or_path):
         return Path(name_or_path)
+    weights = WEIGHT_PATTERNS
+    if variant is not None:
+        weights = (*_names_of_variant(variant), f"model.{variant}-*.safetensors")
     # The card tells the licence.
-    patterns = ["config.json", "README.md", *WEIGHT_PATTERNS, *COMPANION_PATTERNS]
+    patterns = ["config.json", "README.md", *weights, *COMPANION_PATTERNS]
     return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, **hub_arguments))
 
 
-def weight_files(directory: Path, name: str) -> list[Path]:
-    """The safetensors files that hold the weights, in order.
+def weight_files(directory: Path, name: str, variant: str | None = None) -> list[Path]:
+    """The safetensors files that hold the weights, in order: of the variant "fp16", model.fp16.safetensors.
 
     Raises:
         FileNotFoundError: there are none, or the index names one that is not there.
         ValueError: the index cannot be read.
     """
-    if (directory / SINGLE_FILE).is_file():
-        return [directory / SINGLE_FILE]
-    if not (directory / INDEX_FILE).is_file():
-        raise FileNotFoundError(_no_safetensors(directory, name))
-    names = _files_of_index(directory / INDEX_FILE)
+    single_file, index_file = _names_of_variant(variant)
+    if (directory / single_file).is_file():
+        return [directory / single_file]
+    if not (directory / index_file).is_file():
+        raise FileNotFoundError(_no_safetensors(directory, name, variant))
+    names = _files_of_index(directory / index_file)
     missing = [file for file in names if not (directory / file).is_file()]
     if missing:
-        raise FileNotFoundError(f"{directory / INDEX_FILE} names {missing[0]}, which is not there")
+        raise FileNotFoundError(f"{directory / index_file} names {missing[0]}, which is not there")
     return [directory / file for file in names]
 
 
@@ -113,13 +148,45 @@ def _files_of_index(index: Path) -> list[str]:
     return files
 
 
-def _no_safetensors(directory: Path, name: str) -> str:
+def _names_of_variant(variant: str | None) -> tuple[str, str]:
+    """What transformers calls the only file of a variant, and the index of several."""
+    if variant is None:
+        return SINGLE_FILE, INDEX_FILE
+    return f"model.{variant}.safetensors", f"model.safetensors.index.{variant}.json"
+
+
+def _no_safetensors(directory: Path, name: str, variant: str | None) -> str:
+    if variant is not None:
+        wanted = " nor ".join(_names_of_variant(variant))
+        return f"{name!r} has no safetensors weights of variant={variant!r}, neither {wanted}. {_others(directory)}"
     pickles = [pickle for pickle in PICKLE_NAMES if (directory / pickle).is_file()]
-    found = f"only {pickles[0]}" if pickles else f"neither {SINGLE_FILE} nor {INDEX_FILE}"
+    if not pickles:
+        return f"{name!r} has no safetensors weights, neither {SINGLE_FILE} nor {INDEX_FILE}. {_others(directory)}"
     return (
-        f"{name!r} has no safetensors weights, {found}. This converts pickled weights: "
+        f"{name!r} has no safetensors weights, only {pickles[0]}. This converts pickled weights: "
         f"{_conversion_command(directory, name)}"
     )
+
+
+def _others(directory: Path) -> str:
+    """What weights there are instead, and what to do about them."""
+    patterns = (*WEIGHT_PATTERNS, "model.*.safetensors", "model.safetensors.index.*.json", "*.safetensors")
+    found = [path.name for pattern in patterns for path in sorted(directory.glob(pattern))]
+    variants = [name for name in found if name.startswith("model.") and name not in (SINGLE_FILE, INDEX_FILE)]
+    if variants:
+        variant = variants[0].removeprefix("model.safetensors.index").removeprefix("model").split(".")[1]
+        # One shard of several, whose index is not there.
+        variant = re.sub(r"-\d+-of-\d+$", "", variant)
+        return f"There is {variants[0]}: give variant={variant!r}"
+    if found:
+        return f"There is {found[0]}, by no name that transformers reads"
+    ggufs = sorted(path.name for path in directory.glob("*.gguf"))
+    if ggufs:
+        return (
+            f"There is {ggufs[0]}: load it with LlamaForCausalLM.from_pretrained(directory, gguf_file={ggufs[0]!r}), "
+            "and give that to dynconv_hf.retrofit(model)"
+        )
+    return "There are no weights of any kind: was the model downloaded as a whole?"
 
 
 def _conversion_command(directory: Path, name: str) -> str:

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
+from .checkpoint_files import check_is_no_adapter
 from .distributed import draw_convs_alike, is_divided
 from .modeling import DynamicShortConv, DynConvLlamaConfig, DynConvLlamaForCausalLM
+from .plain_llama import check_attention, check_forwards, check_layers, check_weights
 
 __all__ = ["retrofit"]
 
@@ -23,10 +25,13 @@ SHARED_ARGUMENTS = (
     "cache_dir",
     "force_download",
     "local_files_only",
+    "proxies",
     "revision",
     "subfolder",
     "token",
 )
+# What says how to make the model, though configs have fields of these names: AutoConfig would take them for itself.
+MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
 # Where transformers, PEFT and accelerate look to see that a model is quantised.
 QUANTIZATION_ATTRIBUTES = (
     "hf_quantizer",
@@ -45,14 +50,17 @@ def retrofit(model_or_name_or_path: PreTrainedModel | str | os.PathLike, **kwarg
             it is, and shares its weights with the result: train one, and the other moves with it.
         **kwargs: fields of [`DynConvLlamaConfig`] that begin with `conv_` (`conv_init` is "identity" if not given);
             with a name or path, also every argument of `from_pretrained` (`dtype`, `device_map`,
-            `quantization_config`, `attn_implementation`, `revision`, `token`, ...).
+            `quantization_config`, `attn_implementation`, `revision`, `token`, ...) but `config` and `gguf_file`.
 
     Returns:
-        The model, in evaluation mode from a name or path, in the mode of the original from a model object.
+        The model, in evaluation mode from a name or path, in the mode of the original from a model object. With
+        `output_loading_info=True`, the model and what transformers says of the loading.
 
     Raises:
         TypeError: an unknown `conv_` field, or the argument is neither a model nor a name or path.
-        ValueError: the model is not a Llama causal language model, already has convolutions, or a field does not fit.
+        ValueError: the model is not a Llama causal language model, already has convolutions, has something that the
+            result could not keep (adapters, parametrisations, layers that its config does not know, a `forward` of
+            its own), or a field does not fit.
     """
     conv_fields = take_conv_fields(kwargs, "retrofit()")
     if isinstance(model_or_name_or_path, str | os.PathLike):
@@ -93,27 +101,42 @@ def _retrofit_checkpoint(
 ) -> DynConvLlamaForCausalLM:
     if "config" in kwargs:
         raise TypeError("retrofit() reads the config of the checkpoint: give the fields to change instead of config")
+    if kwargs.get("gguf_file") is not None:
+        raise TypeError(
+            f"retrofit() takes no gguf_file, got {kwargs['gguf_file']!r}: load the Llama first, "
+            f"retrofit(LlamaForCausalLM.from_pretrained({str(name_or_path)!r}, gguf_file={kwargs['gguf_file']!r}))"
+        )
     shared = {key: kwargs[key] for key in SHARED_ARGUMENTS if key in kwargs}
+    check_is_no_adapter(name_or_path, **_reading(shared))
+    for_model = {key: kwargs.pop(key) for key in MODEL_ARGUMENTS if key in kwargs}
+    wants_loading_info = kwargs.pop("output_loading_info", False)
     config, kwargs = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
     check_supported(config, repr(str(name_or_path)))
     config._commit_hash = _commit(name_or_path, shared)
-    model = _NewConvolutions.from_pretrained(
-        name_or_path, config=extend_config(config, conv_fields), **{**kwargs, **shared}
+    model, info = _NewConvolutions.from_pretrained(
+        name_or_path,
+        config=extend_config(config, conv_fields),
+        output_loading_info=True,
+        **{**kwargs, **shared, **for_model},
     )
     model.__class__ = DynConvLlamaForCausalLM
     _check_convs_are_not_on_disk(model)
     if is_divided(model):
         draw_convs_alike(model)
-    return model
+    return (model, info) if wants_loading_info else model
+
+
+def _reading(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments for config and weights, those that say how one file is read."""
+    unused = ("attn_implementation", "force_download")
+    return {key: value for key, value in arguments.items() if key not in unused}
 
 
 def _commit(name_or_path: str | os.PathLike, arguments: dict[str, Any]) -> str | None:
     """The commit that was read, of a name on the Hub: later releases of transformers do not note it in the config."""
     if os.path.isdir(name_or_path):
         return None
-    unused = ("attn_implementation", "force_download")
-    reading = {key: value for key, value in arguments.items() if key not in unused}
-    return extract_commit_hash(cached_file(name_or_path, CONFIG_NAME, **reading), None)
+    return extract_commit_hash(cached_file(name_or_path, CONFIG_NAME, **_reading(arguments)), None)
 
 
 def _retrofit_model(base: nn.Module, conv_fields: dict[str, Any]) -> DynConvLlamaForCausalLM:
@@ -121,10 +144,14 @@ def _retrofit_model(base: nn.Module, conv_fields: dict[str, Any]) -> DynConvLlam
     if not isinstance(base, LlamaForCausalLM):
         raise ValueError(f"retrofit() supports {SUPPORTED}, got {type(base).__name__}: give it the LlamaForCausalLM")
     _check_in_one_place(base)
+    check_forwards(base)
+    check_layers(base)
     config = extend_config(base.config, conv_fields)
     config._attn_implementation = base.config._attn_implementation
     with torch.device("meta"):
         model = DynConvLlamaForCausalLM(config)
+    check_weights(base, model)
+    check_attention(base, model)
     _share_weights(base, model)
     for new_layer, layer in zip(model.model.layers, base.model.layers, strict=True):
         materialize_convs(new_layer, device=layer.input_layernorm.weight.device, dtype=base.dtype)
@@ -190,10 +217,13 @@ def extend_config(base: LlamaConfig, conv_fields: dict[str, Any]) -> DynConvLlam
 
 
 def _share_weights(base: LlamaForCausalLM, model: DynConvLlamaForCausalLM) -> None:
-    """Modules rather than tensors: a quantised or adapted linear layer is more than its weight."""
+    """Modules rather than tensors: a quantised linear layer is more than its weight."""
     model.lm_head = base.lm_head
-    for name in ("embed_tokens", "norm", "rotary_emb"):
+    for name in ("embed_tokens", "norm"):
         setattr(model.model, name, getattr(base.model, name))
+    # Its frequencies are no weights, and with some kinds of RoPE they change with the length of what a model has read.
+    model.model.rotary_emb = copy.deepcopy(base.model.rotary_emb)
+    model.model.rotary_emb.config = model.config
     for new_layer, layer in zip(model.model.layers, base.model.layers, strict=True):
         for name in ("input_layernorm", "post_attention_layernorm"):
             setattr(new_layer, name, getattr(layer, name))

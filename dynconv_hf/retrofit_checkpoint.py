@@ -20,6 +20,7 @@ from .checkpoint_files import (
     INDEX_FILE,
     WEIGHT_PATTERNS,
     TensorHeader,
+    check_is_no_adapter,
     companion_files,
     local_directory,
     open_shard,
@@ -48,6 +49,7 @@ def retrofit_checkpoint(
     *,
     overwrite: bool = False,
     copy: bool = False,
+    variant: str | None = None,
     **kwargs: Any,
 ) -> Path:
     """Gives a Llama checkpoint dynamic short convolutions without loading it: seconds, whatever its size.
@@ -64,6 +66,8 @@ def retrofit_checkpoint(
             killed run, beside it and named `.<destination>.dynconv-incomplete`, are cleared by the next.
         overwrite: replace an existing destination, if it is a checkpoint and holds nothing else.
         copy: copy the files of the base even where they could be linked.
+        variant: of the weights, as in `from_pretrained`: "fp16" reads model.fp16.safetensors. The destination's files
+            have the usual names.
         **kwargs: fields of [`DynConvLlamaConfig`] that begin with `conv_` (`conv_init` is "identity" if not given),
             and `cache_dir`, `force_download`, `local_files_only`, `revision`, `token` for a model on the Hub.
 
@@ -72,7 +76,8 @@ def retrofit_checkpoint(
 
     Raises:
         TypeError: an unknown argument.
-        ValueError: the source is not a Llama causal language model, is quantised or damaged, or a field does not fit.
+        ValueError: the source is not a Llama causal language model, is an adapter, quantised or damaged, or a field
+            does not fit.
         FileNotFoundError: the source has no safetensors weights; the message holds the command that converts others.
         FileExistsError: the destination exists, and `overwrite` is not given or may not replace it.
         OSError: the source cannot be read or downloaded, or the disk is full.
@@ -85,14 +90,15 @@ def retrofit_checkpoint(
     # Before anything is downloaded, though it is checked again when the destination is written.
     check_destination(destination, overwrite=overwrite, check_replaceable=_check_is_checkpoint)
     name = str(source)
+    check_is_no_adapter(source, **kwargs)
     base_config = AutoConfig.from_pretrained(source, **kwargs)
     check_supported(base_config, repr(name))
     _check_not_quantized(base_config, name)
     config = extend_config(base_config, conv_fields)
 
-    directory = local_directory(source, **kwargs)
+    directory = local_directory(source, variant, **kwargs)
     _check_apart(directory, destination)
-    files = weight_files(directory, name)
+    files = weight_files(directory, name, variant)
     headers = read_headers(files)
     if config.dtype is None:
         config.dtype = _first_floating_dtype(files)

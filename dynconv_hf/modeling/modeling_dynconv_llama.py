@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, D channels, W kernel size.
 """
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -237,23 +238,40 @@ class DynConvLlamaPreTrainedModel(LlamaPreTrainedModel):
         """As in transformers, but a checkpoint without convolutions is an error: they would be random.
 
         Raises:
-            ValueError: the checkpoint holds no weights for some convolution, for example because it is a plain Llama.
+            ValueError: the checkpoint holds no weights for some convolution, for example because it is a plain Llama
+                or an adapter of one; or it is a GGUF file, which knows no convolutions.
         """
         name = repr(str(pretrained_model_name_or_path))
+        if kwargs.get("gguf_file") is not None:
+            raise ValueError(
+                f"gguf_file={kwargs['gguf_file']!r}: GGUF knows no convolutions. Load the Llama in it, with "
+                f"LlamaForCausalLM.from_pretrained({name}, gguf_file=...), and give that to dynconv_hf.retrofit(model)"
+            )
         if kwargs.get("config") is None:
             # Before the weights are read, which may take long.
             config, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)
             if config.get("model_type") == LlamaConfig.model_type:
                 raise ValueError(f"{name} is a plain Llama checkpoint, without convolutions. {_use_retrofit(name)}")
-        wants_loading_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if "_conv." in key)
-        if missing:
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: "DynConvLlamaPreTrainedModel", *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        # Here rather than after from_pretrained: where an adapter goes onto a checkpoint, what transformers reports in
+        # the end are the keys of the adapter alone. An adapter comes here, too; it says which keys it is to hold.
+        info, offloaded = LlamaPreTrainedModel._load_pretrained_model(model, *args, **kwargs)
+        ignored = model._keys_to_ignore_on_load_missing or ()
+        missing = sorted(key for key in info.missing_keys if "_conv." in key)
+        missing = [key for key in missing if not any(re.search(pattern, key) for pattern in ignored)]
+        if missing and kwargs.get("expected_keys") is None:
+            name = repr(str(model.config.name_or_path))
             raise ValueError(
                 f"{name} has no weights for {len(missing)} parameters of convolutions that the config asks for, "
-                f"{missing[0]} the first of them. {_use_retrofit(name)}"
+                f"{missing[0]} the first of them. {_use_retrofit(name)}. If you gave an adapter made for it, "
+                "dynconv_hf.load_lora(adapter) loads both"
             )
-        return (model, info) if wants_loading_info else model
+        return info, offloaded
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any

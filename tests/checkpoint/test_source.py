@@ -83,6 +83,29 @@ def test_no_weights_at_all(source, tmp_path):
     refused(FileNotFoundError, "neither model.safetensors nor", source, tmp_path)
 
 
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_a_variant(shard_size, source, tmp_path):
+    LlamaForCausalLM.from_pretrained(source).save_pretrained(
+        tmp_path / "half", variant="fp16", max_shard_size=shard_size
+    )
+    refused(FileNotFoundError, r"There is model\..*fp16.*: give variant='fp16'$", tmp_path / "half", tmp_path)
+    refused(FileNotFoundError, "variant='bf16', neither model.bf16", tmp_path / "half", tmp_path, variant="bf16")
+    made = retrofit_checkpoint(tmp_path / "half", tmp_path / "made", variant="fp16")
+    kept = {name: tensor for name, tensor in load_tensors(made).items() if "_conv." not in name}
+    assert same_tensors(kept, load_tensors(source))
+
+
+def test_weights_of_another_format(source, tmp_path):
+    (source / "model.safetensors").rename(source / "model.gguf")
+    refused(FileNotFoundError, r"There is model.gguf: load it with .*gguf_file='model.gguf'", source, tmp_path)
+
+
+def test_an_adapter_beside_the_model(source, tmp_path):
+    (source / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere"}')
+    same_refusal(source, tmp_path)
+    refused(ValueError, r"holds an adapter of 'somewhere'.*dynconv_hf\.load_lora", source, tmp_path)
+
+
 def test_a_missing_shard(tmp_path):
     source = save_llama(tmp_path / "base", shard_size="20KB")
     next(source.glob("model-00002*")).unlink()
