@@ -46,18 +46,69 @@ def test_cumulative_lengths_run_over_all_rows(lengths, batch):
     assert torch.equal(positions, restarting(lengths).view(batch, tokens).to(torch.int32))
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=3), st.integers(1, 9))
-def test_real_tokens_never_reach_padding(rows, tokens):
+@given(
+    st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.integers(2, MAX_KERNEL_SIZE),
+)
+def test_each_rows_real_tokens_are_as_if_alone_or_refused(rows, tokens, kernel_size):
+    """A convolution over the padded row reads what one over the row's real tokens alone would read."""
     mask = torch.tensor(rows).long()
-    positions = token_positions((len(rows), tokens), past_length=9 - tokens, attention_mask=mask)
-    for row, kept in enumerate(rows):
-        for t in range(9 - tokens, 9):
-            if not kept[t]:
-                continue
-            since_padding = next((back for back in range(t) if not kept[t - 1 - back]), MAX_KERNEL_SIZE)
-            assert min(positions[row, t - (9 - tokens)].item(), MAX_KERNEL_SIZE) >= min(since_padding, t)
-            if since_padding < MAX_KERNEL_SIZE:
-                assert positions[row, t - (9 - tokens)].item() == since_padding
+    past = 9 - tokens
+    options = {"past_length": past, "attention_mask": mask, "kernel_size": kernel_size}
+
+    def taps(kept, t):
+        real = [s for s in range(t + 1) if kept[s]]
+        return real[-kernel_size:]
+
+    new = [(row, t) for row, kept in enumerate(rows) for t in range(past, 9) if kept[t]]
+    wanted = {(row, t): taps(rows[row], t) for row, t in new}
+    if any(wanted[key] != list(range(key[1] + 1 - len(wanted[key]), key[1] + 1)) for key in new):
+        with pytest.raises(ValueError, match="convolutions with kernel_size"):
+            token_positions((len(rows), tokens), **options)
+        return
+    positions = token_positions((len(rows), tokens), **options)
+    for row, t in new:
+        reach = min(positions[row, t - past].item(), kernel_size - 1, t)
+        assert list(range(t - reach, t + 1)) == wanted[row, t]
+
+
+@given(st.lists(st.booleans(), min_size=7, max_size=7), st.integers(1, 7), st.booleans())
+def test_a_whole_mask_that_hides_padding_says_what_the_padding_mask_says(kept, tokens, added):
+    padding_mask = torch.tensor([kept]).long()
+    whole = torch.ones(7, 7, dtype=torch.bool).tril() & padding_mask[:, None, None, :].bool()
+    whole = whole[:, :, 7 - tokens :]
+    if added:
+        whole = torch.zeros(whole.shape).masked_fill(~whole, torch.finfo(torch.float16).min)
+    shape, options = (1, tokens), {"past_length": 7 - tokens, "kernel_size": 4}
+    try:
+        expected = token_positions(shape, attention_mask=padding_mask, **options)
+    except ValueError:
+        expected = None
+    try:
+        found = token_positions(shape, whole_mask=whole, **options)
+    except ValueError as error:
+        assert expected is None, error
+        return
+    if expected is not None:
+        real = padding_mask[:, 7 - tokens :].bool()
+        before = torch.arange(7 - tokens, 7)
+        seen = [torch.minimum(positions, before).clamp(max=3)[real] for positions in (found, expected)]
+        assert torch.equal(*seen)
+
+
+def test_branches_in_one_row_are_refused():
+    whole = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
+    whole[..., 3, 2] = False  # token 3 is another answer to token 1, beside token 2
+    with pytest.raises(ValueError, match="token 3 of row 0"):
+        token_positions((1, 4), whole_mask=whole)
+
+
+def test_positions_may_jump_where_documents_are_marked_otherwise():
+    jumping = torch.tensor([[0, 1, 2, 50, 51, 0, 1]])
+    marked = token_positions((1, 7), position_ids=jumping, jumps_begin_documents=False)
+    assert marked.clamp(max=3).tolist() == [[0, 1, 2, 3, 3, 0, 1]]
+    assert token_positions((1, 7), position_ids=jumping).tolist() == [[0, 1, 2, 0, 1, 0, 1]]
 
 
 @given(lengths, st.data())

@@ -1,0 +1,130 @@
+"""A cache of keys, values and the convolutions' last inputs: whatever is done to it, the rest is as without a cache."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from .models import make_model
+
+BATCH, PROMPT, LENGTH = 3, 6, 10
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(conv_targets="all-linear").eval()
+
+
+@pytest.fixture(scope="module")
+def ids(model):
+    return torch.randint(3, model.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def filled(model, ids, **options):
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :PROMPT], past_key_values=cache, **options)
+    return cache
+
+
+def assert_goes_on(model, ids, cache, start=PROMPT):
+    logits = model(ids[:, start:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, start:], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [[2, 0, 1], [2, 0], [1]])
+def test_selected_rows(model, ids, rows):
+    cache = filled(model, ids)
+    cache.batch_select_indices(torch.tensor(rows))
+    assert_goes_on(model, ids[rows], cache)
+
+
+@torch.no_grad()
+def test_repeated_rows(model, ids):
+    cache = filled(model, ids)
+    cache.batch_repeat_interleave(2)
+    assert_goes_on(model, ids.repeat_interleave(2, dim=0), cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replica", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_copies(model, ids, replica):
+    cache = filled(model, ids)
+    other = replica(cache)
+    assert_goes_on(model, ids, cache)
+    assert_goes_on(model, ids, other)
+
+
+@torch.no_grad()
+def test_another_batch_size_and_dtype_after_a_reset(model, ids):
+    cache = filled(model, ids)
+    cache.reset()
+    assert_goes_on(model, ids[:2], cache, start=0)
+    cache.reset()
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    half(ids, past_key_values=cache)
+    assert {state.dtype for layer in cache.layers for state in layer.conv_states.values()} == {torch.bfloat16}
+
+
+def test_a_cache_outlives_inference_mode(model, ids):
+    with torch.inference_mode():
+        cache = filled(model, ids)
+    with torch.no_grad():
+        assert_goes_on(model, ids, cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [-1, -3])
+def test_a_rollback_is_exact_or_refused(model, ids, first):
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(ids[:, :8], past_key_values=cache)
+    cache.crop(first)
+    before = [state.clone() for layer in cache.layers for state in layer.conv_states.values()]
+    with pytest.raises(ValueError, match="convolutions: of the 3 inputs before the removed tokens, 2 are"):
+        cache.crop(-1)
+    after = [state for layer in cache.layers for state in layer.conv_states.values()]
+    assert all(map(torch.equal, before, after))
+    assert cache.get_seq_length() == 8 + first
+    assert_goes_on(model, ids, cache, start=8 + first)
+
+
+@torch.no_grad()
+def test_a_static_cache_refuses_what_it_cannot_do(model, ids):
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    model(ids[:, :PROMPT], past_key_values=cache)
+    with pytest.raises(ValueError, match="crop"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="batch_repeat_interleave"):
+        cache.batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match="batch_select_indices"):
+        cache.batch_select_indices(torch.tensor([0]))
+    assert_goes_on(model, ids, cache)
+
+
+@torch.no_grad()
+def test_states_that_do_not_fit_are_refused_before_anything_is_written(model, ids):
+    cache = filled(model, ids)
+    with pytest.raises(ValueError, match="states of 3 rows in layer 0, but the input has 2 rows"):
+        model(ids[:2, PROMPT:], past_key_values=cache)
+    assert_goes_on(model, ids, cache)
+
+    cache = filled(model, ids)
+    cache.layers[1].conv_states[0] = cache.layers[1].conv_states[0][..., -1:]
+    with pytest.raises(ValueError, match="the last 1 inputs of a convolution in layer 1"):
+        model(ids[:, PROMPT:], past_key_values=cache)
+
+    keys_and_values = [(layer.keys, layer.values) for layer in filled(model, ids).layers]
+    cache = DynamicCache(keys_and_values, config=model.config)
+    with pytest.raises(ValueError, match="no states of the convolutions"):
+        model(ids[:, PROMPT:], past_key_values=cache)
+
+
+def test_after_assisted_generation_states_are_as_small_as_before(model, ids):
+    cache = DynamicCache(config=model.config)
+    prompt = ids[:1].repeat(1, 2)
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=3, **options)
+    assert {state.shape[-1] for layer in cache.layers for state in layer.conv_states.values()} == {3}
