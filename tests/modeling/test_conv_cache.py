@@ -1,4 +1,4 @@
-"""A cache of keys, values and the convolutions' last inputs: whatever is done to it, the rest is as without a cache."""
+"""A cache of keys, values and the last inputs of convolutions: whatever is done to it, logits are as without it."""
 
 import copy
 import pickle
@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from .models import make_model
+from .models import moved_model
 
 BATCH, PROMPT, LENGTH = 3, 6, 10
 
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(conv_targets="all-linear").eval()
+    return moved_model(conv_layers=[0, 1, 2]).eval()
 
 
 @pytest.fixture(scope="module")
