@@ -204,7 +204,7 @@ def test_memory_that_is_not_aligned(which: str, dtype: torch.dtype, device: torc
 
 
 def test_opcheck(device: torch.device) -> None:
-    step, operator = Step(batch=2, device=device), torch.ops.dynconv_hf_kernels.decode_step.default
+    step, operator = Step(batch=2, device=device), getattr(torch.ops, NAMESPACE).decode_step.default
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, tuple(step.arguments().values()), test_utils=tests)
 
