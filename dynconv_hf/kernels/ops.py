@@ -10,6 +10,7 @@ where nothing is given.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +32,15 @@ __all__ = [
 
 
 class Kernels(NamedTuple):
-    """A set of kernels: the name of its module, and what launches them."""
+    """A set of kernels: its name, made only when asked for, and what launches them."""
 
-    name: str
+    name: Callable[[], str]
     forward: Callable[..., Any]
     backward: Callable[..., tuple[Any, ...]]
+
+
+def _gluon_name() -> str:
+    return "lowrank_gluon"
 
 
 def lowrank_kernels(
@@ -51,10 +56,11 @@ def lowrank_kernels(
 
     reason = covers(x, coefficients, basis, static_filter, positions, initial_state)
     if reason is None:
-        return Kernels("lowrank_gluon", forward, backward), ""
-    from .lowrank import backward, forward
+        return Kernels(_gluon_name, forward, backward), ""
+    from .lowrank import backward, forward, launched
 
-    return Kernels("lowrank", forward, backward), f"not lowrank_gluon: {reason}"
+    name = partial(launched, x, coefficients, basis, static_filter, initial_state)
+    return Kernels(name, forward, backward), f"not lowrank_gluon: {reason}"
 
 
 def lowrank_group_kernels(
@@ -71,16 +77,17 @@ def lowrank_group_kernels(
 
     reason = covers_group(xs, coefficients, bases, static_filters, positions, initial_states, rotary)
     if reason is None:
-        return Kernels("lowrank_gluon", forward_group, backward_group), ""
-    from .lowrank_one_by_one import backward_group, forward_group
+        return Kernels(_gluon_name, forward_group, backward_group), ""
+    from .lowrank_one_by_one import backward_group, forward_group, launched
 
-    return Kernels("lowrank_one_by_one", forward_group, backward_group), f"not lowrank_gluon: {reason}"
+    name = partial(launched, xs, coefficients, bases, static_filters, positions, initial_states)
+    return Kernels(name, forward_group, backward_group), f"not lowrank_gluon: {reason}"
 
 
 def _direct_kernels() -> Kernels:
     from .direct import backward, forward
 
-    return Kernels("direct", forward, backward)
+    return Kernels(lambda: "direct", forward, backward)
 
 
 def _empty_for_none(gradients: Sequence[torch.Tensor | None], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -317,9 +324,7 @@ def _lowrank_group_second_gradients(ctx, cotangents):
     return ddys, dxs, dcoefficients, dbases, dstatics, None, None, dstates, None, None, None, None
 
 
-lowrank_group_backward.register_autograd(
-    _lowrank_group_second_gradients, setup_context=_lowrank_group_backward_setup
-)
+lowrank_group_backward.register_autograd(_lowrank_group_second_gradients, setup_context=_lowrank_group_backward_setup)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::headwise", mutates_args=())

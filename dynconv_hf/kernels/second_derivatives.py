@@ -1,4 +1,4 @@
-"""Derivatives of the kernels' gradients: the formula in eager PyTorch, which can be differentiated any number of times.
+"""Derivatives of the kernels' gradients: the formula in eager PyTorch, which has derivatives of any order.
 
 The kernels compute a convolution and its gradients. Who differentiates these gradients (a Hessian-vector product, a
 penalty on their norm) gets there what `reference` says, made from the same inputs.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dynconv_hf.kernels import decode_ops, lowrank_dynamic_conv1d_update
 from dynconv_hf.kernels.decode_ops import decode_step
+from dynconv_hf.kernels.namespace import NAMESPACE
 from dynconv_hf.kernels.rotary import Rotary, rotate
 
 from .cases import HALVES, TOLERANCE
