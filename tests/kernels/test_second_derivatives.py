@@ -1,7 +1,6 @@
 """Differentiated other than once and backwards, the kernels give way to the formula, or an error says what to set."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
