@@ -260,7 +260,16 @@ def _lowrank_group_gradients(ctx, dys):
     xs, bases, static_filters, initial_states = lists
     filters = (coefficients, bases, static_filters)
     rotary = (cos, sin, ctx.head_dim, ctx.rotated)
-    gradients = lowrank_group_backward(dys, xs, *filters, ctx.residual, positions, initial_states, *rotary)
+    try:
+        gradients = lowrank_group_backward(dys, xs, *filters, ctx.residual, positions, initial_states, *rotary)
+    except RuntimeError as error:
+        # torch has no rule of its own for operators on lists, and its error would name this operator alone.
+        if "Batching rule not implemented" not in str(error):
+            raise
+        raise ValueError(
+            "the Triton kernels of a group of convolutions take one gradient of the outputs at a time, not a batch "
+            "(is_grads_batched=True, vectorize=True): set DYNCONV_IMPL=reference, or give them one by one"
+        ) from error
     lists, (dcoefficients,) = _cut(gradients, ctx.sizes)
     needs = ctx.needs_input_grad
     dxs, dbases, dstatics, dstates = (

@@ -108,3 +108,10 @@ def test_transformations_run_the_formula(how: Callable, device: torch.device, mo
     assert set(reasons) == {"reference"}
     with pytest.raises(ValueError, match=r"'triton', which cannot run: .* convolution .*DYNCONV_IMPL=reference"):
         how(lambda x: function(x, "triton"), x)
+
+
+def test_batches_of_gradients_are_refused_by_a_group(device: torch.device) -> None:
+    arguments = GroupCase(1, 4, channels=(8, 8, 8), kernel_size=2, rank=2, device=device).arguments()
+    y = lowrank_dynamic_conv1d_group(**arguments, impl="triton")[0]
+    with pytest.raises(ValueError, match=r"not a batch .*DYNCONV_IMPL=reference"):
+        torch.autograd.grad(y, leaves_of(arguments)[0], torch.ones(2, *y.shape, device=device), is_grads_batched=True)
