@@ -3,17 +3,14 @@
 Importing this module does not import Triton: the kernel is loaded when the operator first runs.
 """
 
-import re
-
 import torch
+
+from .namespace import NAMESPACE as _NAMESPACE
 
 __all__ = ["MAX_GROUP", "decode_step"]
 
 # The kernel has so many slots for tensors.
 MAX_GROUP = 3
-
-# As in `ops`: copies of this code must not take the place of each other's operators.
-_NAMESPACE = re.sub(r"\W", "_", __package__)
 _SCHEMA = """decode_step(
     Tensor hidden_states, Tensor[] xs, Tensor[] filter_weights, Tensor[] bases, Tensor[] static_filters,
     Tensor(a!)[] states, Tensor? positions, Tensor? cos, Tensor? sin, SymInt head_dim, bool[] rotated, bool residual

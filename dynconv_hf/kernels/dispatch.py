@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import ops
 from .rotary import Rotary
@@ -67,7 +68,8 @@ def describe_implementation(
     operations have one.
 
     Returns:
-        Choice(name, reason): name is "reference", or "triton" and the module of kernels, such as "triton: lowrank".
+        Choice(name, reason): name is "reference", or "triton" and the module of kernels, such as "triton: lowrank";
+        two modules, as in "triton: lowrank_half / lowrank", where the gradients' kernels are of another one.
 
     Raises:
         ValueError: `impl`, or the environment variable DYNCONV_IMPL, asks for what cannot run; as the call would.
@@ -95,8 +97,8 @@ def describe_group_implementation(
 
     Returns:
         Choice(name, reason): name is "reference", "triton: lowrank_gluon" (one launch for the group), or
-        "triton: lowrank_one_by_one" (each tensor by the kernels that [`describe_implementation`] names, rotations in
-        eager PyTorch).
+        "triton: lowrank_one_by_one: " and, for each tensor, the kernels that [`describe_implementation`] names
+        (rotations in eager PyTorch).
 
     Raises:
         ValueError: as for [`describe_implementation`].
@@ -111,7 +113,7 @@ def describe_group_implementation(
 
 
 def _named(choice: Choice, kernels: ops.Kernels, why_not_faster: str) -> Choice:
-    return Choice(f"triton: {kernels.name}", "; ".join(filter(None, (choice.reason, why_not_faster))))
+    return Choice(f"triton: {kernels.name()}", "; ".join(filter(None, (choice.reason, why_not_faster))))
 
 
 def select_implementation(x: torch.Tensor, impl: str) -> Choice:
@@ -125,7 +127,7 @@ def select_implementation(x: torch.Tensor, impl: str) -> Choice:
             raise ValueError(f"the environment variable DYNCONV_IMPL must be one of {_ALLOWED}, got {impl!r}")
     if impl == "reference":
         return Choice("reference", f"{source} asks for it")
-    obstacle = _triton_obstacle(x.device, x.dtype)
+    obstacle = _triton_obstacle(x.device, x.dtype) or _transformed()
     if impl == "triton":
         if obstacle is not None:
             raise ValueError(f"{source} asks for 'triton', which cannot run: {obstacle}")
@@ -136,6 +138,24 @@ def select_implementation(x: torch.Tensor, impl: str) -> Choice:
     if x.device.type == "cpu":
         return Choice("reference", "x is on the CPU")
     return Choice("triton", f"x is on {x.device.type}, and Triton is installed")
+
+
+def _transformed() -> str | None:
+    """Why the kernels, which PyTorch differentiates backwards only, do not serve the call that asks; None: they do.
+
+    Forward mode would lose their tangents without a word, and torch.func does not take operators of this kind.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return (
+            "a transformation of torch.func (grad, jvp, vmap, ...) is active, which the Triton kernels of the "
+            "convolution do not serve; DYNCONV_IMPL=reference does"
+        )
+    if forward_ad._current_level >= 0:
+        return (
+            "forward-mode differentiation is active, which the Triton kernels of the convolution do not serve; "
+            "DYNCONV_IMPL=reference does"
+        )
+    return None
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

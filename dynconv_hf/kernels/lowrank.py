@@ -5,6 +5,8 @@ The static filter takes part as one more rank, whose coefficient is 1 for every 
 Shape suffixes: I rows of a tile, J its channels, R a block of ranks, W the taps of a program.
 """
 
+import sys
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from .lowrank_tiles import load_basis, load_coefficients
 from .reduction import sum_partials
 from .tiles import load_positions, load_rows, store_rows, tap_counts
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "launched"]
 
 # Tokens of a tile of the filtered sum.
 _TOKENS = 32
@@ -254,6 +256,41 @@ def _filtered_sum(
         )
 
 
+def _forward_module(
+    x: torch.Tensor, coefficients: torch.Tensor, basis: torch.Tensor, static_filter: torch.Tensor | None
+) -> ModuleType:
+    """Whose kernels make y: what `forward` launches, and `launched` tells."""
+    covered = lowrank_half.covers_forward(x, coefficients, basis.shape[1], static_filter is not None)
+    return lowrank_half if covered else sys.modules[__name__]
+
+
+def _backward_module(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    basis: torch.Tensor,
+    static_filter: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+) -> ModuleType:
+    """Whose kernels make the gradients: what `backward` launches, and `launched` tells."""
+    covered = lowrank_half_backward.covers(x, coefficients, basis, static_filter, initial_state)
+    return lowrank_half_backward if covered else sys.modules[__name__]
+
+
+def launched(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    basis: torch.Tensor,
+    static_filter: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+) -> str:
+    """The modules whose kernels `forward` and `backward` launch for these inputs, such as "lowrank_half / lowrank"."""
+    modules = (
+        _forward_module(x, coefficients, basis, static_filter),
+        _backward_module(x, coefficients, basis, static_filter, initial_state),
+    )
+    return " / ".join(dict.fromkeys(module.__name__.rpartition(".")[2] for module in modules))
+
+
 def forward(
     x: torch.Tensor,
     coefficients: torch.Tensor,
@@ -266,7 +303,7 @@ def forward(
     """y (B, T, D), contiguous, in x's dtype; see `api` for the arguments."""
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if lowrank_half.covers_forward(x, coefficients, basis.shape[1], static_filter is not None):
+    if _forward_module(x, coefficients, basis, static_filter) is lowrank_half:
         return lowrank_half.forward(x, coefficients, basis, static_filter, residual, positions, initial_state)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _filtered_sum(x, coefficients, basis, static_filter, residual, positions, initial_state, y, False)
@@ -385,7 +422,7 @@ def backward(
             if gradient is not None:
                 gradient.zero_()
         return gradients
-    if lowrank_half_backward.covers(x, coefficients, basis, static_filter, initial_state):
+    if _backward_module(x, coefficients, basis, static_filter, initial_state) is lowrank_half_backward:
         lowrank_half_backward.backward(dy, x, coefficients, basis, static_filter, residual, positions, gradients[:4])
         return gradients
     # Both launches read these: what has to be copied is copied once.

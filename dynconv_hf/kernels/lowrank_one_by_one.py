@@ -10,7 +10,24 @@ import torch
 from .ops import lowrank_kernels
 from .rotary import Rotary, rotate, rotate_back
 
-__all__ = ["backward_group", "forward_group"]
+__all__ = ["backward_group", "forward_group", "launched"]
+
+
+def launched(
+    xs: Sequence[torch.Tensor],
+    coefficients: torch.Tensor,
+    bases: Sequence[torch.Tensor],
+    static_filters: Sequence[torch.Tensor | None],
+    positions: torch.Tensor | None,
+    initial_states: Sequence[torch.Tensor | None],
+) -> str:
+    """The kernels of each tensor by name: "lowrank_one_by_one: lowrank_half, lowrank_half, lowrank"."""
+    names = []
+    for g, x in enumerate(xs):
+        inputs = (x, coefficients[:, :, g], bases[g], static_filters[g])
+        kernels, _ = lowrank_kernels(*inputs, positions, initial_states[g])
+        names.append(kernels.name())
+    return f"lowrank_one_by_one: {', '.join(names)}"
 
 
 def forward_group(

@@ -9,13 +9,16 @@ For several tensors at once they are `forward_group`, `backward_group` and `cove
 where nothing is given.
 """
 
-import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from .rotary import Rotary
+from .namespace import NAMESPACE as _NAMESPACE
+from .reference import headwise_reference, lowrank_reference, static_reference
+from .rotary import Rotary, rotate
+from .second_derivatives import gradients_of_gradients
 
 __all__ = [
     "Kernels",
@@ -28,17 +31,16 @@ __all__ = [
 ]
 
 
-# Operators are known to the whole process. Copies of this code, as checkpoints bring them along, are packages of other
-# names, and must not take the place of each other's.
-_NAMESPACE = re.sub(r"\W", "_", __package__)
-
-
 class Kernels(NamedTuple):
-    """A set of kernels: the name of its module, and what launches them."""
+    """A set of kernels: its name, made only when asked for, and what launches them."""
 
-    name: str
+    name: Callable[[], str]
     forward: Callable[..., Any]
     backward: Callable[..., tuple[Any, ...]]
+
+
+def _gluon_name() -> str:
+    return "lowrank_gluon"
 
 
 def lowrank_kernels(
@@ -54,10 +56,11 @@ def lowrank_kernels(
 
     reason = covers(x, coefficients, basis, static_filter, positions, initial_state)
     if reason is None:
-        return Kernels("lowrank_gluon", forward, backward), ""
-    from .lowrank import backward, forward
+        return Kernels(_gluon_name, forward, backward), ""
+    from .lowrank import backward, forward, launched
 
-    return Kernels("lowrank", forward, backward), f"not lowrank_gluon: {reason}"
+    name = partial(launched, x, coefficients, basis, static_filter, initial_state)
+    return Kernels(name, forward, backward), f"not lowrank_gluon: {reason}"
 
 
 def lowrank_group_kernels(
@@ -74,16 +77,17 @@ def lowrank_group_kernels(
 
     reason = covers_group(xs, coefficients, bases, static_filters, positions, initial_states, rotary)
     if reason is None:
-        return Kernels("lowrank_gluon", forward_group, backward_group), ""
-    from .lowrank_one_by_one import backward_group, forward_group
+        return Kernels(_gluon_name, forward_group, backward_group), ""
+    from .lowrank_one_by_one import backward_group, forward_group, launched
 
-    return Kernels("lowrank_one_by_one", forward_group, backward_group), f"not lowrank_gluon: {reason}"
+    name = partial(launched, xs, coefficients, bases, static_filters, positions, initial_states)
+    return Kernels(name, forward_group, backward_group), f"not lowrank_gluon: {reason}"
 
 
 def _direct_kernels() -> Kernels:
     from .direct import backward, forward
 
-    return Kernels("direct", forward, backward)
+    return Kernels(lambda: "direct", forward, backward)
 
 
 def _empty_for_none(gradients: Sequence[torch.Tensor | None], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -161,6 +165,33 @@ def _lowrank_gradients(ctx, dy):
 lowrank.register_autograd(_lowrank_gradients, setup_context=_lowrank_setup)
 
 
+def _lowrank_backward_setup(ctx, inputs, output):
+    dy, x, coefficients, basis, static_filter, ctx.residual, positions, initial_state = inputs
+    ctx.save_for_backward(dy, x, coefficients, basis, static_filter, positions, initial_state)
+
+
+def _lowrank_second_gradients(ctx, *cotangents):
+    dy, x, coefficients, basis, static_filter, positions, initial_state = ctx.saved_tensors
+
+    def convolve(x, coefficients, basis, static_filter, initial_state):
+        return lowrank_reference(
+            x,
+            coefficients,
+            basis,
+            static_filter_WD=static_filter,
+            residual=ctx.residual,
+            positions_BT=positions,
+            initial_state_BSD=initial_state,
+        )[0]
+
+    inputs = (x, coefficients, basis, static_filter, initial_state)
+    ddy, gradients = gradients_of_gradients(convolve, dy, inputs, cotangents)
+    return _wanted(ctx, (ddy, *gradients), (0, 1, 2, 3, 4, 7), 8)
+
+
+lowrank_backward.register_autograd(_lowrank_second_gradients, setup_context=_lowrank_backward_setup)
+
+
 # Operators know lists of tensors, but none that may be missing: an empty one stands for None.
 @torch.library.custom_op(f"{_NAMESPACE}::lowrank_group", mutates_args=())
 def lowrank_group(
@@ -229,7 +260,16 @@ def _lowrank_group_gradients(ctx, dys):
     xs, bases, static_filters, initial_states = lists
     filters = (coefficients, bases, static_filters)
     rotary = (cos, sin, ctx.head_dim, ctx.rotated)
-    gradients = lowrank_group_backward(dys, xs, *filters, ctx.residual, positions, initial_states, *rotary)
+    try:
+        gradients = lowrank_group_backward(dys, xs, *filters, ctx.residual, positions, initial_states, *rotary)
+    except RuntimeError as error:
+        # torch has no rule of its own for operators on lists, and its error would name this operator alone.
+        if "Batching rule not implemented" not in str(error):
+            raise
+        raise ValueError(
+            "the Triton kernels of a group of convolutions take one gradient of the outputs at a time, not a batch "
+            "(is_grads_batched=True, vectorize=True): set DYNCONV_IMPL=reference, or give them one by one"
+        ) from error
     lists, (dcoefficients,) = _cut(gradients, ctx.sizes)
     needs = ctx.needs_input_grad
     dxs, dbases, dstatics, dstates = (
@@ -252,6 +292,48 @@ def _cut(
 
 
 lowrank_group.register_autograd(_lowrank_group_gradients, setup_context=_lowrank_group_setup)
+
+
+def _lowrank_group_backward_setup(ctx, inputs, output):
+    dys, xs, coefficients, bases, static_filters, ctx.residual, positions, initial_states, *rotary = inputs
+    cos, sin, ctx.head_dim, ctx.rotated = rotary
+    ctx.sizes = (len(dys), len(xs), len(bases), len(static_filters), len(initial_states))
+    ctx.save_for_backward(*dys, *xs, *bases, *static_filters, *initial_states, coefficients, positions, cos, sin)
+
+
+def _lowrank_group_second_gradients(ctx, cotangents):
+    (dys, *lists), (coefficients, positions, cos, sin) = _cut(ctx.saved_tensors, ctx.sizes)
+    rotary = None if cos is None else Rotary(cos, sin, ctx.head_dim, tuple(ctx.rotated))
+
+    def convolve(*inputs):
+        (xs, bases, static_filters, initial_states), (coefficients,) = _cut(inputs, ctx.sizes[1:])
+        ys = []
+        for g, x in enumerate(xs):
+            y, _ = lowrank_reference(
+                x,
+                coefficients[:, :, g],
+                bases[g],
+                static_filter_WD=static_filters[g] if static_filters else None,
+                residual=ctx.residual,
+                positions_BT=positions,
+                initial_state_BSD=initial_states[g] if initial_states else None,
+            )
+            ys.append(rotate(y, rotary) if rotary is not None and rotary.rotated[g] else y)
+        return ys
+
+    inputs = (*(tensor for tensors in lists for tensor in tensors), coefficients)
+    ddys, gradients = gradients_of_gradients(convolve, dys, inputs, cotangents)
+    found, (dcoefficients,) = _cut(gradients, ctx.sizes[1:])
+    needs = ctx.needs_input_grad
+    ddys, dxs, dbases, dstatics, dstates = (
+        [gradient if wanted else None for gradient, wanted in zip(gradients, needs[slot], strict=True)]
+        for gradients, slot in zip((ddys, *found), (0, 1, 3, 4, 7), strict=True)
+    )
+    dcoefficients = dcoefficients if needs[2] else None
+    return ddys, dxs, dcoefficients, dbases, dstatics, None, None, dstates, None, None, None, None
+
+
+lowrank_group_backward.register_autograd(_lowrank_group_second_gradients, setup_context=_lowrank_group_backward_setup)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::headwise", mutates_args=())
@@ -304,6 +386,32 @@ def _headwise_gradients(ctx, dy):
 headwise.register_autograd(_headwise_gradients, setup_context=_headwise_setup)
 
 
+def _headwise_backward_setup(ctx, inputs, output):
+    dy, x, filters, static_filter, ctx.residual, positions, initial_state = inputs
+    ctx.save_for_backward(dy, x, filters, static_filter, positions, initial_state)
+
+
+def _headwise_second_gradients(ctx, *cotangents):
+    dy, x, filters, static_filter, positions, initial_state = ctx.saved_tensors
+
+    def convolve(x, filters, static_filter, initial_state):
+        return headwise_reference(
+            x,
+            filters,
+            static_filter_WD=static_filter,
+            residual=ctx.residual,
+            positions_BT=positions,
+            initial_state_BSD=initial_state,
+        )[0]
+
+    inputs = (x, filters, static_filter, initial_state)
+    ddy, gradients = gradients_of_gradients(convolve, dy, inputs, cotangents)
+    return _wanted(ctx, (ddy, *gradients), (0, 1, 2, 3, 6), 7)
+
+
+headwise_backward.register_autograd(_headwise_second_gradients, setup_context=_headwise_backward_setup)
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::static", mutates_args=())
 def static(
     x: torch.Tensor,
@@ -350,3 +458,23 @@ def _static_gradients(ctx, dy):
 
 
 static.register_autograd(_static_gradients, setup_context=_static_setup)
+
+
+def _static_backward_setup(ctx, inputs, output):
+    dy, x, static_filter, ctx.residual, positions, initial_state = inputs
+    ctx.save_for_backward(dy, x, static_filter, positions, initial_state)
+
+
+def _static_second_gradients(ctx, *cotangents):
+    dy, x, static_filter, positions, initial_state = ctx.saved_tensors
+
+    def convolve(x, static_filter, initial_state):
+        return static_reference(
+            x, static_filter, residual=ctx.residual, positions_BT=positions, initial_state_BSD=initial_state
+        )[0]
+
+    ddy, gradients = gradients_of_gradients(convolve, dy, (x, static_filter, initial_state), cotangents)
+    return _wanted(ctx, (ddy, *gradients), (0, 1, 2, 5), 6)
+
+
+static_backward.register_autograd(_static_second_gradients, setup_context=_static_backward_setup)

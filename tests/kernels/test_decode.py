@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dynconv_hf.kernels import decode_ops, lowrank_dynamic_conv1d_update
 from dynconv_hf.kernels.decode_ops import decode_step
+from dynconv_hf.kernels.namespace import NAMESPACE
 from dynconv_hf.kernels.rotary import Rotary, rotate
 
 from .cases import HALVES, TOLERANCE
@@ -204,7 +205,7 @@ def test_memory_that_is_not_aligned(which: str, dtype: torch.dtype, device: torc
 
 
 def test_opcheck(device: torch.device) -> None:
-    step, operator = Step(batch=2, device=device), torch.ops.dynconv_hf_kernels.decode_step.default
+    step, operator = Step(batch=2, device=device), getattr(torch.ops, NAMESPACE).decode_step.default
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, tuple(step.arguments().values()), test_utils=tests)
 

@@ -7,7 +7,13 @@ import sys
 import pytest
 import torch
 
-from dynconv_hf.kernels import describe_implementation, dispatch, static_conv1d
+from dynconv_hf.kernels import (
+    describe_group_implementation,
+    describe_implementation,
+    dispatch,
+    lowrank_dynamic_conv1d,
+    static_conv1d,
+)
 
 ON_GPU = torch.cuda.is_available()
 
@@ -101,3 +107,31 @@ def test_an_old_triton_is_left_alone(found: str, fits: bool, monkeypatch: pytest
         monkeypatch.setattr(dispatch, "_MISSING_TRITON", reason)
         with pytest.raises(ValueError, match=r"Triton is 3\.5\.1, and the kernels need 3\.6 or newer"):
             static_conv1d(torch.zeros(1, 2, 3), torch.zeros(4, 3), impl="triton")
+
+
+@pytest.mark.skipif(ON_GPU, reason="launches are seen in Triton's interpreter")
+@pytest.mark.parametrize("state", [False, True], ids=["", "state"])
+@pytest.mark.parametrize("kernel_size", [1, 3, 6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_kernels_told_are_those_launched(
+    dtype: torch.dtype, kernel_size: int, state: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward; what all kernels share, such as adding partial sums, has modules of its own."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launched, launch = [], InterpretedFunction.run
+
+    def run(self, *args, **kwargs):
+        launched.append(self.fn.__module__.rpartition(".")[2])
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    x = torch.randn(1, 5, 16, dtype=dtype, requires_grad=True)
+    z, u = torch.randn(1, 5, 3, dtype=dtype), torch.randn(3, kernel_size, 16, dtype=dtype)
+    arguments = {"initial_state": torch.randn(1, kernel_size - 1, 16, dtype=dtype) if state else None}
+    lowrank_dynamic_conv1d(x, z, u, **arguments, impl="triton").sum().backward()
+    modules = [module for module in dict.fromkeys(launched) if module.startswith("lowrank")]
+    assert describe_implementation(x, z, u, **arguments, impl="triton").name == f"triton: {' / '.join(modules)}"
+    group = describe_group_implementation([x, x], torch.stack([z, z], 2), [u, u], impl="triton").name
+    alone = describe_implementation(x, z, u, impl="triton").name.removeprefix("triton: ")
+    assert group == f"triton: lowrank_one_by_one: {alone}, {alone}"

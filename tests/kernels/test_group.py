@@ -203,7 +203,7 @@ def test_the_choice_is_told(device: torch.device) -> None:
     del arguments["residual"]
     assert describe_group_implementation(**arguments, impl="reference").name == "reference"
     choice = describe_group_implementation(**arguments, impl="triton")
-    assert choice.name == "triton: lowrank_one_by_one"
+    assert choice.name == f"triton: lowrank_one_by_one: {', '.join(['lowrank'] * len(arguments['xs']))}"
     assert "not lowrank_gluon" in choice.reason
     with pytest.raises(ValueError, match="impl must be one of"):
         describe_group_implementation(**arguments, impl="cuda")
