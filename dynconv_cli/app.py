@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 
@@ -20,11 +20,39 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _targets(text: str) -> str:
+    if text == "all-linear":
+        return text
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in TARGETS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(TARGETS)}; all-linear names all of them")
+    return ",".join(names)
+
+
+def _layer_list(text: str) -> str:
+    try:
+        _layer_indices(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
+def _png_file(text: str) -> Path:
+    if Path(text).suffix.lower() != ".png":
+        raise typer.BadParameter(f"the picture is a PNG file, and its name must end in .png, got {text!r}")
+    return Path(text)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 Revision = Annotated[Optional[str], typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.")]  # noqa: UP045
 Layers = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(metavar="LIST", help="Decoder layers that get them, as in 0,2,8-15.", show_default="all"),
+    typer.Option(
+        metavar="LIST", parser=_layer_list, help="Decoder layers that get them, as in 0,2,8-15.", show_default="all"
+    ),
 ]
 Checkpoint = Annotated[str, typer.Argument(help="A directory, or a name on the Hub.", show_default=False)]
 
@@ -48,16 +76,20 @@ def retrofit(
     source: Annotated[str, typer.Argument(help="A Llama: a directory, or a name on the Hub.", show_default=False)],
     destination: Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)],
     targets: Annotated[
-        str, typer.Option(metavar="NAMES", help="Linear layers that get one, or all-linear.")
+        str, typer.Option(metavar="NAMES", parser=_targets, help="Linear layers that get one, or all-linear.")
     ] = "q_proj,k_proj,v_proj",
-    mode: Annotated[str, typer.Option(metavar="MODE", help="lowrank, headwise or static.")] = "lowrank",
-    kernel_size: Annotated[int, typer.Option(metavar="N", help="Taps, from 1 to 8.")] = 4,
-    rank: Annotated[int, typer.Option(metavar="N", help="Basis filters, for lowrank.")] = 15,
-    head_size: Annotated[int, typer.Option(metavar="N", help="Channels sharing a filter, for headwise.")] = 16,
+    mode: Annotated[
+        Literal["lowrank", "headwise", "static"], typer.Option(metavar="MODE", help="lowrank, headwise or static.")
+    ] = "lowrank",
+    kernel_size: Annotated[int, typer.Option(min=1, max=8, metavar="N", help="Taps, from 1 to 8.")] = 4,
+    rank: Annotated[int, typer.Option(min=1, metavar="N", help="Basis filters, for lowrank.")] = 15,
+    head_size: Annotated[int, typer.Option(min=1, metavar="N", help="Channels sharing a filter, for headwise.")] = 16,
     no_static: Annotated[bool, typer.Option("--no-static", help="Leave out the static filter.")] = False,
     no_residual: Annotated[bool, typer.Option("--no-residual", help="Leave out the residual.")] = False,
     layers: Layers = None,
-    init: Annotated[str, typer.Option(metavar="START", help="identity (equal to the base) or uniform.")] = "identity",
+    init: Annotated[
+        Literal["identity", "uniform"], typer.Option(metavar="START", help="identity (equal to the base) or uniform.")
+    ] = "identity",
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the new parameters.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base's weights, do not link them.")] = False,
@@ -67,7 +99,7 @@ def retrofit(
     """Give a Llama checkpoint convolutions, without loading it."""
     check_exists(source)
     conv_fields = {
-        "conv_targets": targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        "conv_targets": targets if targets == "all-linear" else targets.split(","),
         "conv_mode": mode,
         "conv_kernel_size": kernel_size,
         "conv_rank": rank,
@@ -100,7 +132,12 @@ def inspect(
     checkpoint: Checkpoint,
     plot: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="Also draw the convolutions, to a PNG file.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            parser=_png_file,
+            help="Also draw the convolutions, to a PNG file, with matplotlib.",
+            show_default=False,
+        ),
     ] = None,
     revision: Revision = None,
     as_json: Json = False,
@@ -137,11 +174,17 @@ def generate(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="NAME", help="Such as cpu or cuda:0.", show_default="GPU if any"),
     ] = None,
+    tokenizer: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="A directory, or a name on the Hub.", show_default="the model's or base's"),
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, printing the text as it is made."""
     check_exists(checkpoint)
+    if tokenizer is not None:
+        check_exists(tokenizer, "tokenizer.json", "tokenizer.model")
     from .generate import continue_prompt
 
     result = continue_prompt(
@@ -152,6 +195,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         device=device,
+        tokenizer_name=tokenizer,
         revision=revision,
         stream=not as_json,
     )
@@ -190,6 +234,6 @@ def _layer_indices(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"--layers must be indices and ranges, as in 0,2,8-15, got {text!r}")
+            raise ValueError(f"must be indices and ranges, as in 0,2,8-15, got {text!r}")
         indices.extend(range(int(first), int(last if dash else first) + 1))
     return indices

@@ -39,10 +39,13 @@ def told_in_one_line(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def check_exists(name_or_path: str) -> None:
-    """A mistyped path must not be looked up on the Hub, whose answer would speak of tokens and repositories."""
+def check_exists(name_or_path: str, *enough: str) -> None:
+    """A mistyped path must not be looked up on the Hub, whose answer would speak of tokens and repositories.
+
+    A directory must hold a config, of whatever it is, or one of the files that are `enough`.
+    """
     if os.path.isdir(name_or_path):
-        if not any(name.endswith("config.json") for name in os.listdir(name_or_path)):
+        if not any(name.endswith(("config.json", *enough)) for name in os.listdir(name_or_path)):
             raise FileNotFoundError(errno.ENOENT, "no config.json in this directory", name_or_path)
         return
     if os.path.isfile(name_or_path):

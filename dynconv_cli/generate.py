@@ -5,14 +5,15 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
-from dynconv_hf import load_conv_adapter, load_lora
+import dynconv_hf
+from dynconv_hf.adapter_kind import LOADERS, holds
 
 __all__ = ["continue_prompt"]
 
-# By the file that makes a directory one of them.
-ADAPTERS = {"adapter_config.json": load_lora, "conv_adapter_config.json": load_conv_adapter}
+# One of them is beside every tokenizer that transformers can load for a Llama.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def continue_prompt(
@@ -24,17 +25,21 @@ def continue_prompt(
     top_p: float,
     seed: int,
     device: str | None,
+    tokenizer_name: str | None,
     revision: str | None,
     stream: bool,
 ) -> dict[str, Any]:
-    """The prompt and its continuation; with `stream`, also printed while it is made."""
+    """The prompt and its continuation; with `stream`, also printed while it is made.
+
+    `tokenizer_name` is the directory or Hub name of one that does not lie beside the model.
+    """
     # The text is all that is to be read.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     # What one library has to change in its use of another.
     warnings.simplefilter("ignore", FutureWarning)
     device = torch.device(_check_device(device) if device else "cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = _load(name_or_path, {} if revision is None else {"revision": revision})
+    model, tokenizer = _load(name_or_path, {} if revision is None else {"revision": revision}, tokenizer_name)
     model = model.to(device).eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     if inputs.input_ids.shape[1] == 0:
@@ -52,23 +57,33 @@ def continue_prompt(
     return {"prompt": prompt, "text": tokenizer.decode(output[0], skip_special_tokens=True), "new_tokens": new}
 
 
-def _load(name_or_path: str, arguments: dict[str, str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, or the adapter on the base that it names; and the tokenizer of the one or the other."""
-    load_adapter = next((load for file, load in ADAPTERS.items() if _has(name_or_path, file, arguments)), None)
-    if load_adapter is None:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **arguments)
+def _load(
+    name_or_path: str, arguments: dict[str, str], tokenizer_name: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, or the adapter on the base that it names; and the tokenizer: the one asked for, or of either."""
+    loader = next((loader for file, loader in LOADERS.items() if holds(name_or_path, file, **arguments)), None)
+    own = (name_or_path, arguments) if tokenizer_name is None else (tokenizer_name, {})
+    if loader is None:
+        tokenizer = _load_tokenizer(*own)
         return AutoModelForCausalLM.from_pretrained(name_or_path, **arguments), tokenizer
-    model = load_adapter(name_or_path, adapter_revision=arguments.get("revision"))
-    own = _has(name_or_path, "tokenizer_config.json", arguments)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path if own else model.config.name_or_path)
-    return model, tokenizer
+    model = getattr(dynconv_hf, loader)(name_or_path, adapter_revision=arguments.get("revision"))
+    if tokenizer_name is None and not _has_tokenizer(*own):
+        return model, _load_tokenizer(model.config.name_or_path, {})
+    return model, _load_tokenizer(*own)
 
 
-def _has(name_or_path: str, file: str, arguments: dict[str, str]) -> bool:
-    # Whoever cannot be reached is told of when the model is loaded.
-    quiet = ("missing_entries", "connection_errors", "gated_repo")
-    found = cached_file(name_or_path, file, **arguments, **{f"_raise_exceptions_for_{what}": False for what in quiet})
-    return found is not None
+def _load_tokenizer(name_or_path: str, arguments: dict[str, str]) -> PreTrainedTokenizerBase:
+    # Without any file transformers tries to convert one, and fails with advice on packages to install.
+    if not _has_tokenizer(name_or_path, arguments):
+        raise ValueError(
+            f"{name_or_path!r} has no tokenizer: name the directory or repository of one with --tokenizer, or save it "
+            "beside the model with tokenizer.save_pretrained()"
+        )
+    return AutoTokenizer.from_pretrained(name_or_path, **arguments)
+
+
+def _has_tokenizer(name_or_path: str, arguments: dict[str, str]) -> bool:
+    return any(holds(name_or_path, file, **arguments) for file in TOKENIZER_FILES)
 
 
 def _check_device(device: str) -> str:

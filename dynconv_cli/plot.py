@@ -10,9 +10,7 @@ PNG_SIGNATURE = b"\x89PNG"
 
 
 def check_plot_file(path: Path) -> None:
-    """Refuses what is not to become a picture, and to overwrite what is none."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--plot writes a PNG file, and its name must end in .png, got {str(path)!r}")
+    """Refuses to overwrite what is no picture."""
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory", str(path.parent))
     if path.exists() and path.open("rb").read(4) != PNG_SIGNATURE:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from dynconv_hf import DynConvLlamaConfig
+from dynconv_hf.adapter_kind import LOADERS, holds
 from dynconv_hf.checkpoint_files import TensorHeader, local_directory, open_shard, read_headers, weight_files
 from dynconv_hf.modeling.configuration_dynconv_llama import conv_name
 
@@ -43,9 +44,10 @@ def make_report(name_or_path: str, revision: str | None = None) -> dict[str, Any
     """Architecture, parameters, memory, and how far each convolution is from the identity.
 
     Raises:
-        ValueError: the checkpoint has no convolutions.
+        ValueError: the checkpoint has no convolutions, or is an adapter.
     """
     hub_arguments = {} if revision is None else {"revision": revision}
+    _check_is_no_adapter(name_or_path, hub_arguments)
     config = AutoConfig.from_pretrained(name_or_path, **hub_arguments)
     if not isinstance(config, DynConvLlamaConfig):
         raise ValueError(
@@ -66,6 +68,19 @@ def make_report(name_or_path: str, revision: str | None = None) -> dict[str, Any
         "cache": _cache(config),
         "distances": _distances(files, config),
     }
+
+
+def _check_is_no_adapter(name_or_path: str, hub_arguments: dict[str, str]) -> None:
+    # A checkpoint may have an adapter beside it, and is what is inspected then.
+    if holds(name_or_path, "config.json", **hub_arguments):
+        return
+    for file, loader in LOADERS.items():
+        if holds(name_or_path, file, **hub_arguments):
+            merge = ".merge_and_unload()" if loader == "load_lora" else ""
+            raise ValueError(
+                f"{name_or_path!r} is an adapter, and `dynconv inspect` reads whole checkpoints: make one with "
+                f"dynconv_hf.{loader}({name_or_path!r}){merge}.save_pretrained(...)"
+            )
 
 
 def _parts(headers: dict[str, TensorHeader]) -> list[dict[str, Any]]:

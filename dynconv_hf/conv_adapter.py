@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import cached_file
 
 from .adapter_base import CONV_FIELDS, HUB_ARGUMENTS, base_with_convs, conv_fields_of, listed
+from .adapter_kind import CONV_ADAPTER_CONFIG_NAME, check_adapter_kind
 from .distributed import is_divided
 from .modeling import DynamicShortConv, DynConvLlamaForCausalLM
 from .training import freeze_base, is_adapted
@@ -23,7 +24,7 @@ from .training import freeze_base, is_adapted
 __all__ = ["load_conv_adapter", "push_conv_adapter", "save_conv_adapter"]
 
 WEIGHTS_NAME = "conv_adapter.safetensors"
-CONFIG_NAME = "conv_adapter_config.json"
+CONFIG_NAME = CONV_ADAPTER_CONFIG_NAME
 CARD_NAME = "README.md"
 
 
@@ -93,10 +94,12 @@ def load_conv_adapter(
 
     Raises:
         OSError: there is no convolution adapter of this name.
-        ValueError: the adapter does not fit the base, or its files are damaged.
+        ValueError: the adapter does not fit the base, or its files are damaged; or it is one of PEFT, which
+            [`load_lora`] loads.
     """
     name = os.fspath(name_or_path)
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs} | {"revision": adapter_revision}
+    check_adapter_kind(name, CONFIG_NAME, **hub)
     record = _read_record(cached_file(name, CONFIG_NAME, **hub))
     weights = _read_weights(cached_file(name, WEIGHTS_NAME, **hub))
     if base is None:

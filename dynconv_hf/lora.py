@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .adapter_base import HUB_ARGUMENTS, base_with_convs, conv_fields_of, listed
+from .adapter_kind import check_adapter_kind
 from .modeling import DynamicShortConv, DynConvLlamaConfig
 from .modeling.configuration_dynconv_llama import conv_name
 
@@ -93,13 +95,15 @@ def load_lora(
             its `dtype`, the convolutions have the dtype they were saved in.
 
     Raises:
-        ValueError: the adapter does not fit the base, or does not say which convolutions the base needs.
+        ValueError: the adapter does not fit the base, or does not say which convolutions the base needs; or it holds
+            the convolutions alone, which [`load_conv_adapter`] loads.
     """
     from peft import PeftConfig, PeftModel
     from peft.utils import load_peft_weights
 
     path = os.fspath(name_or_path)
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs} | {"revision": adapter_revision}
+    check_adapter_kind(path, ADAPTER_CONFIG_NAME, **hub)
     config = PeftConfig.from_pretrained(path, **hub)
     record = config.auto_mapping or {}
     fields = {key: value for key, value in record.items() if key.startswith("conv_")}

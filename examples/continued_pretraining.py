@@ -21,9 +21,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, load_dataset
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import nn
 from torch.optim import Optimizer
 from transformers import (
@@ -42,6 +39,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from dynconv_hf import DynConvLlamaConfig, freeze_base, parameter_groups, retrofit
+
+try:
+    from datasets import Dataset, load_dataset
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: this example needs {error.name}, as in: pip install '.[demo]'") from None
 
 DEFAULT_BLOCK_SIZE = 1024
 

@@ -17,6 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from dynconv_hf import lora_config
+
+# Before the other example is imported, which would name an extra that is too small for this one.
+try:
+    from datasets import Dataset, load_dataset
+    from trl import SFTConfig, SFTTrainer, TrlParser
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"error: this example needs {error.name}, as in: pip install '.[trl]' (Python 3.11 or newer)"
+    ) from None
+
 from continued_pretraining import (
     ConvTrainer,
     ModelArguments,
@@ -24,11 +37,6 @@ from continued_pretraining import (
     leave_process_group,
     load_model,
 )
-from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl import SFTConfig, SFTTrainer, TrlParser
-
-from dynconv_hf import lora_config
 
 COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"})
 

@@ -2,8 +2,11 @@
 
 import configparser
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,57 @@ def test_constraints_pin_every_requirement(python):
             continue
         assert requirement.name in pins, f"{requirement.name} has no pin for Python {python}"
         assert all(requirement.specifier.contains(version) for version in pins[requirement.name]), requirement
+
+
+def test_every_requirement_has_a_lower_bound():
+    """An old release that an environment has already satisfies pip otherwise, and fails when it is used."""
+    for requirement in requirements():
+        bounds = [specifier.version for specifier in requirement.specifier if specifier.operator == ">="]
+        assert len(bounds) == 1, f"setup.cfg does not say from which version on {requirement.name} works"
+
+
+@pytest.mark.parametrize(
+    ("name", "works", "fails"),
+    [("torch", "2.9.0", "2.8.0"), ("accelerate", "1.1.0", "1.0.1"), ("peft", "0.18.0", "0.17.1")],
+)
+def test_versions_that_fail_are_not_promised(name, works, fails):
+    (requirement,) = (requirement for requirement in requirements() if requirement.name == name)
+    assert requirement.specifier.contains(works) and not requirement.specifier.contains(fails)
+
+
+def test_triton_allows_what_the_oldest_torch_pins():
+    """PyTorch 2.9 requires triton 3.5, with which the kernels leave the work to the formula."""
+    (requirement,) = (requirement for requirement in requirements() if requirement.name == "triton")
+    assert requirement.specifier.contains("3.5.0")
+
+
+def test_readme_names_the_bounds():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Versions")[2].partition("## ")[0]
+    bounds = {
+        requirement.name: str(next((s for s in requirement.specifier if s.operator == ">="), ""))
+        for requirement in requirements()
+    }
+    names = {"torch": "PyTorch", "accelerate": "accelerate", "peft": "PEFT", "typer": "Typer"}
+    for package, name in names.items():
+        assert f"{name} {bounds[package].removeprefix('>=')}" in text
+
+
+def test_distributions_hold_the_package_alone(tmp_path):
+    """The source distribution has no lone test files, of which setuptools takes some by itself; the wheel is typed."""
+    pytest.importorskip("setuptools", minversion="77")
+    for name in ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("dynconv_cli", "dynconv_hf", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from setuptools import build_meta\nbuild_meta.build_sdist('dist')\nbuild_meta.build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    (sdist,), (wheel,) = (tmp_path / "dist").glob("*.tar.gz"), (tmp_path / "dist").glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        folders = {name.split("/")[1] for name in archive.getnames() if name.count("/") > 1}
+    assert {name for name in folders if not name.endswith(".egg-info")} == {"dynconv_cli", "dynconv_hf"}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "dynconv_hf/py.typed" in names
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"dynconv_cli", "dynconv_hf"}
 
 
 LINUX = {"sys_platform": "linux", "platform_machine": "x86_64"}

@@ -1,18 +1,22 @@
 """The dynconv command as a user runs it: in a process of its own, in a terminal of 80 columns."""
 
+import importlib
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from dynconv_hf import freeze_base, lora_config, retrofit, retrofit_checkpoint, save_conv_adapter
+from dynconv_hf.modeling.configuration_dynconv_llama import CONV_MODES, CONV_TARGETS
 
 from ..checkpoint.checkpoints import SMALL, hashes, load_tensors, save_llama
 from ..modeling.models import STORIES, move_convs
@@ -58,6 +62,41 @@ def test_usage_errors(arguments):
     assert run.returncode == 2
     assert "Usage:" in run.stderr and "Traceback" not in run.stderr
     assert run.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--mode", "fast", "'fast' is not one of 'lowrank', 'headwise', 'static'"),
+        ("--init", "zeros", "'zeros' is not one of 'identity', 'uniform'"),
+        ("--kernel-size", 9, "--kernel-size"),
+        ("--rank", 0, "--rank"),
+        ("--head-size", 0, "--head-size"),
+        ("--targets", "q_proj,w_proj", "'w_proj' is not one of q_proj, k_proj"),
+        ("--layers", "1-", "must be indices and ranges, as in 0,2,8-15, got '1-'"),
+    ],
+    ids=str,
+)
+def test_values_that_no_checkpoint_can_take_are_usage_errors(option, value, message, tmp_path):
+    run = dynconv("retrofit", STORIES, tmp_path / "new", option, value)
+    assert run.returncode == 2 and run.stdout == ""
+    assert f"Invalid value for '{option}'" in run.stderr
+    assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", run.stderr).split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_plot_that_is_no_png_is_a_usage_error():
+    run = dynconv("inspect", STORIES, "--plot", "plot.pdf")
+    assert run.returncode == 2 and "must end" in run.stderr and run.stdout == ""
+
+
+def test_the_choices_are_those_of_the_config():
+    """Written anew in the command, which does not import the library for them."""
+    # The package has the Typer object of the same name.
+    app = importlib.import_module("dynconv_cli.app")
+    assert app.TARGETS == CONV_TARGETS
+    parameters = inspect.signature(app.retrofit).parameters
+    assert get_args(get_args(parameters["mode"].annotation)[0]) == CONV_MODES
 
 
 def test_as_a_module():
@@ -115,9 +154,7 @@ def test_errors_of_retrofit(tmp_path):
         ("already has dynamic short convolutions", "made", "new"),
         ("destination exists; --overwrite replaces it: .*/made", STORIES, "made"),
         ("converts pickled weights: python -c", "pickled", "new"),
-        ("conv_rank must be an integer of at least 1, got 0", STORIES, "new", "--rank", 0),
-        ("conv_mode must be one of .*got 'fast'", STORIES, "new", "--mode", "fast"),
-        ("--layers must be indices and ranges, as in 0,2,8-15, got '1-'", STORIES, "new", "--layers", "1-"),
+        ("conv_layers .*99", STORIES, "new", "--layers", "99"),
     ]:
         failed(message, "retrofit", *arguments, cwd=tmp_path)
     assert hashes(tmp_path) == before
@@ -189,7 +226,6 @@ def test_errors_of_inspect(moved, tmp_path):
         ("no config.json in this directory: empty", "empty"),
         ("a file, not the directory of a checkpoint: notes.png", "notes.png"),
         ("has no dynamic short convolutions .*model_type 'llama'.*`dynconv retrofit`", STORIES),
-        ("must end in .png, got 'plot.pdf'", moved, "--plot", "plot.pdf"),
         ("no such directory: missing", moved, "--plot", "missing/plot.png"),
         ("would overwrite a file that is not a picture: notes.png", moved, "--plot", "notes.png"),
     ]:
@@ -219,6 +255,30 @@ def test_generate_from_adapters(tmp_path):
     texts = [succeeded("generate", tmp_path / name, *arguments) for name in ("model", "convs", "lora")]
     assert len(set(texts)) == 1
     assert texts[0] != succeeded("generate", STORIES, *arguments)
+
+
+def test_generate_with_a_tokenizer_from_elsewhere(tmp_path):
+    """What model.save_pretrained() leaves, alone; and adapters whose base has no tokenizer either."""
+    base, weights = tmp_path / "base", tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(STORIES).save_pretrained(base)
+    model = freeze_base(retrofit(base))
+    model.save_pretrained(weights)
+    save_conv_adapter(model, tmp_path / "convs")
+    arguments = ("Once upon a time", "--max-new-tokens", 8)
+    for folder, without in ((weights, weights), (tmp_path / "convs", base)):
+        failed(f"'{without}' has no tokenizer: .*--tokenizer", "generate", folder, *arguments)
+        text = succeeded("generate", folder, *arguments, "--tokenizer", STORIES)
+        assert text == succeeded("generate", STORIES, *arguments)
+    failed(f"'{weights}' has no tokenizer", "generate", STORIES, *arguments, "--tokenizer", weights)
+    failed("no such directory: /nowhere", "generate", STORIES, *arguments, "--tokenizer", "/nowhere")
+
+
+def test_inspect_says_what_to_do_with_an_adapter(tmp_path):
+    model = freeze_base(retrofit(STORIES))
+    save_conv_adapter(model, tmp_path / "convs")
+    get_peft_model(model, lora_config(model)).save_pretrained(tmp_path / "lora")
+    failed(r"'lora' is an adapter.*load_lora\('lora'\)\.merge_and_unload\(\)", "inspect", "lora", cwd=tmp_path)
+    failed(r"'convs' is an adapter.*load_conv_adapter\('convs'\)\.save", "inspect", "convs", cwd=tmp_path)
 
 
 def test_errors_of_generate(moved):

@@ -18,6 +18,7 @@ from dynconv_hf import (
     DynConvLlamaForCausalLM,
     freeze_base,
     load_conv_adapter,
+    load_lora,
     lora_config,
     push_conv_adapter,
     retrofit,
@@ -109,6 +110,16 @@ def test_the_base_can_be_a_checkpoint_with_convolutions(tmp_path):
         load_conv_adapter(tmp_path / "adapter", tmp_path / "rank3")
     with pytest.raises(ValueError, match="has convolutions already, which the adapter would overwrite"):
         load_conv_adapter(tmp_path / "adapter", model)
+
+
+def test_each_loader_points_at_the_other(tmp_path):
+    model = frozen()
+    save_conv_adapter(model, tmp_path / "convs")
+    get_peft_model(model, lora_config(model, r=2)).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"convs' has no adapter_config.json.*dynconv_hf.load_conv_adapter\(\)"):
+        load_lora(tmp_path / "convs")
+    with pytest.raises(ValueError, match=r"lora' has no conv_adapter_config.json.*dynconv_hf.load_lora\(\)"):
+        load_conv_adapter(tmp_path / "lora")
 
 
 def test_dtypes_are_kept(tmp_path):
