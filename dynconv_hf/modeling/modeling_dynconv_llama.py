@@ -39,8 +39,10 @@ from ..model_card import keep_users_card, prepare_card_for_push, write_model_car
 from .configuration_dynconv_llama import DynConvLlamaConfig, conv_name
 from .conv_group import can_group, convolve_group, rotary_of_group
 from .decode_step import step_group
+from .divided_sequence import refuse_divided_sequence, refuse_gathering
 from .dynamic_conv import DynamicShortConv
 from .parallel_styles import register_parallel_styles
+from .registration import register_names
 from .token_positions import token_positions
 
 __all__ = [
@@ -55,6 +57,8 @@ __all__ = [
 logger = logging.get_logger(__name__)
 
 register_parallel_styles()
+# Here, and not where the package registers with the Auto classes: code loaded from a checkpoint runs this, too.
+register_names(__all__)
 
 
 class ConvolvedProjections:
@@ -160,6 +164,7 @@ class DynConvLlamaAttention(ConvolvedProjections, LlamaAttention):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        attention = refuse_gathering(attention, self.config)
         output, weights = attention(
             self,
             query,
@@ -230,6 +235,11 @@ class DynConvLlamaPreTrainedModel(LlamaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DynamicShortConv):
             module.reset_parameters()
+
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """False: serving engines with a cache of their own have no place for the states of the convolutions."""
+        return False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -312,8 +322,10 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
         `cu_seq_lens_q` and from `seq_idx`; a 4-D mask says nothing to a convolution.
 
         Raises:
-            ValueError: `past_key_values` has no place for the states of the convolutions.
+            ValueError: `past_key_values` has no place for the states of the convolutions; a sequence is divided over
+                ranks.
         """
+        refuse_divided_sequence(self.config)
         if self.config.conv_recompute and self.training and torch.is_grad_enabled() and past_key_values is None:
             if use_cache:
                 logger.warning_once("A cache is incompatible with conv_recompute=True. Setting `use_cache=False`.")
