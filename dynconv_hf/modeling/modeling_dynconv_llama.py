@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, LlamaConfig
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -29,12 +30,12 @@ from transformers.models.llama.modeling_llama import (
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
     eager_attention_forward,
 )
 from transformers.utils import logging
 
 from ..kernels import Rotary
+from ..kernels.rotary import rotate
 from ..model_card import keep_users_card, prepare_card_for_push, write_model_card
 from .configuration_dynconv_llama import DynConvLlamaConfig, conv_name
 from .conv_group import can_group, convolve_group, rotary_of_group
@@ -126,6 +127,8 @@ class ConvolvedProjections:
 class DynConvLlamaMLP(ConvolvedProjections, LlamaMLP):
     def __init__(self, config: DynConvLlamaConfig, layer_idx: int) -> None:
         super().__init__(config)
+        # Liger's class, which may stand in place of LlamaMLP, has none.
+        self.act_fn = ACT2FN[config.hidden_act]
         self.add_convs(config, layer_idx, ("gate_proj", "up_proj", "down_proj"))
 
     def forward(
@@ -443,10 +446,11 @@ def build_conv(config: DynConvLlamaConfig, target: str) -> DynamicShortConv:
 
 
 def _rotate_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rotary: Rotary) -> list[torch.Tensor]:
-    """Queries and keys (B, T, D) rotated by transformers' own function."""
-    query, key = (x_BTD.unflatten(-1, (-1, rotary.head_dim)) for x_BTD in (query, key))
-    query, key = apply_rotary_pos_emb(query, key, rotary.cos, rotary.sin, unsqueeze_dim=2)
-    return [query.flatten(2), key.flatten(2), value]
+    """Queries and keys (B, T, D) rotated as by transformers' own function.
+
+    Not by that function itself: Liger puts one in its place that reads heads in another order.
+    """
+    return [rotate(query, rotary), rotate(key, rotary), value]
 
 
 def _split_masks(mask: Any) -> tuple[Any, torch.Tensor | None]:

@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 import dynconv_hf
 from dynconv_hf import DynConvLlamaConfig, DynConvLlamaForCausalLM, retrofit
 
+from ..hub.processes import run_python
 from .models import STORIES, base_model, random_ids
 from .test_config import SMALL
 
@@ -80,3 +81,33 @@ def test_serving_engines_are_told_that_their_cache_does_not_do():
     assert base_model().is_backend_compatible()
     for name in dynconv_hf.modeling.modeling_dynconv_llama.__all__:
         assert not getattr(dynconv_hf.modeling.modeling_dynconv_llama, name).is_backend_compatible(), name
+
+
+def test_replaced_functions_of_llama_change_nothing(tmp_path):
+    run_python(
+        """
+        import torch
+        from torch import nn
+        from transformers.models.llama import modeling_llama
+
+        class OtherMLP(nn.Module):  # As Liger's: without an attribute for the activation.
+            def __init__(self, config):
+                super().__init__()
+                sizes = config.hidden_size, config.intermediate_size
+                self.gate_proj, self.up_proj = (nn.Linear(*sizes, bias=False) for _ in range(2))
+                self.down_proj = nn.Linear(*reversed(sizes), bias=False)
+
+        def rotates_heads_before_tokens(query, key, *args, **kwargs):
+            raise AssertionError("called for a layout that it does not know")
+
+        modeling_llama.LlamaMLP = OtherMLP
+        modeling_llama.apply_rotary_pos_emb = rotates_heads_before_tokens
+        from dynconv_hf import DynConvLlamaConfig, DynConvLlamaForCausalLM
+
+        config = DynConvLlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                    num_attention_heads=2, conv_fused=False)
+        assert DynConvLlamaForCausalLM(config)(torch.ones(1, 5, dtype=torch.long)).logits.isfinite().all()
+        """,
+        tmp_path,
+        package=True,
+    )
