@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, LlamaConfig
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -30,19 +31,21 @@ from transformers.models.llama.modeling_llama import (
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
     eager_attention_forward,
 )
 from transformers.utils import logging
 
 from ..kernels import Rotary
+from ..kernels.rotary import rotate
 from ..model_card import keep_users_card, prepare_card_for_push, write_model_card
 from .configuration_dynconv_llama import DynConvLlamaConfig, conv_name
 from .conv_cache import adopt_layers, check_states, end_past_recording
 from .conv_group import can_group, convolve_group, rotary_of_group
 from .decode_step import step_group
+from .divided_sequence import refuse_divided_sequence, refuse_gathering
 from .dynamic_conv import DynamicShortConv
 from .parallel_styles import register_parallel_styles
+from .registration import register_names
 from .token_positions import token_positions
 
 __all__ = [
@@ -57,6 +60,8 @@ __all__ = [
 logger = logging.get_logger(__name__)
 
 register_parallel_styles()
+# Here, and not where the package registers with the Auto classes: code loaded from a checkpoint runs this, too.
+register_names(__all__)
 
 
 class ConvolvedProjections:
@@ -124,6 +129,8 @@ class ConvolvedProjections:
 class DynConvLlamaMLP(ConvolvedProjections, LlamaMLP):
     def __init__(self, config: DynConvLlamaConfig, layer_idx: int) -> None:
         super().__init__(config)
+        # Liger's class, which may stand in place of LlamaMLP, has none.
+        self.act_fn = ACT2FN[config.hidden_act]
         self.add_convs(config, layer_idx, ("gate_proj", "up_proj", "down_proj"))
 
     def forward(
@@ -162,6 +169,7 @@ class DynConvLlamaAttention(ConvolvedProjections, LlamaAttention):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        attention = refuse_gathering(attention, self.config)
         output, weights = attention(
             self,
             query,
@@ -232,6 +240,11 @@ class DynConvLlamaPreTrainedModel(LlamaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DynamicShortConv):
             module.reset_parameters()
+
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """False: serving engines with a cache of their own have no place for the states of the convolutions."""
+        return False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -332,8 +345,10 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
 
         Raises:
             ValueError: `past_key_values` has no place for the states of the convolutions, or not the states that its
-                tokens ask for; a mask has padding inside of a text, or branches, which a convolution cannot step over.
+                tokens ask for; a sequence is divided over ranks; a mask has padding inside of a text, or branches,
+                which a convolution cannot step over.
         """
+        refuse_divided_sequence(self.config)
         if self.config.conv_recompute and self.training and torch.is_grad_enabled() and past_key_values is None:
             if use_cache:
                 logger.warning_once("A cache is incompatible with conv_recompute=True. Setting `use_cache=False`.")
@@ -402,7 +417,7 @@ class DynConvLlamaForCausalLM(DynConvLlamaPreTrainedModel, LlamaForCausalLM):
         """As in transformers; a cache that assisted generation made record its past is left as small as it was."""
         given = kwargs.get("past_key_values")
         # A user who records the past for rollbacks of their own goes on doing so.
-        if isinstance(given, Cache) and any(given.is_recording_past(idx) for idx in range(len(given.layers))):
+        if isinstance(given, Cache) and any(getattr(layer, "record_past", False) for layer in given.layers):
             return super().generate(*args, **kwargs)
         output = super().generate(*args, **kwargs)
         # The cache of a model that drafts for another one goes on recording: it is cropped after each draft.
@@ -475,10 +490,11 @@ def build_conv(config: DynConvLlamaConfig, target: str) -> DynamicShortConv:
 
 
 def _rotate_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rotary: Rotary) -> list[torch.Tensor]:
-    """Queries and keys (B, T, D) rotated by transformers' own function."""
-    query, key = (x_BTD.unflatten(-1, (-1, rotary.head_dim)) for x_BTD in (query, key))
-    query, key = apply_rotary_pos_emb(query, key, rotary.cos, rotary.sin, unsqueeze_dim=2)
-    return [query.flatten(2), key.flatten(2), value]
+    """Queries and keys (B, T, D) rotated as by transformers' own function.
+
+    Not by that function itself: Liger puts one in its place that reads heads in another order.
+    """
+    return [rotate(query, rotary), rotate(key, rotary), value]
 
 
 def _split_masks(mask: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:

@@ -81,6 +81,8 @@ def test_every_head_loads_computes_and_is_saved_again_without_the_package(tmp_pa
     run_python(
         """
         import filecmp, json, os, torch, transformers
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as lora_targets
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal_models
         ids, expected = torch.load("expected.pt")
         for name, output in expected.items():
             source = name if os.path.isdir(name) else "CausalLM"
@@ -95,6 +97,8 @@ def test_every_head_loads_computes_and_is_saved_again_without_the_package(tmp_pa
             assert len(code) > 5 and filecmp.cmpfiles(source, folder, code, shallow=False) == (code, [], [])
             auto_maps = [json.load(open(f"{place}/config.json"))["auto_map"] for place in (source, folder)]
             assert auto_maps[0] == auto_maps[1]
+        assert causal_models["dynconv_llama"] == "DynConvLlamaForCausalLM"
+        assert lora_targets["dynconv_llama"] == lora_targets["llama"]
         config = transformers.AutoConfig.from_pretrained("CausalLM", trust_remote_code=True)
         config.save_pretrained("config")
         assert filecmp.cmpfiles("CausalLM", "config", code, shallow=False) == (code, [], [])

@@ -10,11 +10,13 @@ from transformers import DynamicCache, StaticCache
 from .models import moved_model
 
 BATCH, PROMPT, LENGTH = 3, 6, 10
+# The others have keys and values alone.
+LAYERS = 3
 
 
 @pytest.fixture(scope="module")
 def model():
-    return moved_model(conv_layers=[0, 1, 2]).eval()
+    return moved_model(conv_layers=list(range(LAYERS))).eval()
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,10 @@ def filled(model, ids, **options):
     cache = DynamicCache(config=model.config)
     model(ids[:, :PROMPT], past_key_values=cache, **options)
     return cache
+
+
+def states_of(cache):
+    return [state for layer in cache.layers[:LAYERS] for state in layer.conv_states.values()]
 
 
 def assert_goes_on(model, ids, cache, start=PROMPT):
@@ -65,7 +71,7 @@ def test_another_batch_size_and_dtype_after_a_reset(model, ids):
     cache.reset()
     half = copy.deepcopy(model).to(torch.bfloat16)
     half(ids, past_key_values=cache)
-    assert {state.dtype for layer in cache.layers for state in layer.conv_states.values()} == {torch.bfloat16}
+    assert {state.dtype for state in states_of(cache)} == {torch.bfloat16}
 
 
 def test_a_cache_outlives_inference_mode(model, ids):
@@ -82,10 +88,10 @@ def test_a_rollback_is_exact_or_refused(model, ids, first):
     cache.activate_past_recording()
     model(ids[:, :8], past_key_values=cache)
     cache.crop(first)
-    before = [state.clone() for layer in cache.layers for state in layer.conv_states.values()]
+    before = [state.clone() for state in states_of(cache)]
     with pytest.raises(ValueError, match="convolutions: of the 3 inputs before the removed tokens, 2 are"):
         cache.crop(-1)
-    after = [state for layer in cache.layers for state in layer.conv_states.values()]
+    after = states_of(cache)
     assert all(map(torch.equal, before, after))
     assert cache.get_seq_length() == 8 + first
     assert_goes_on(model, ids, cache, start=8 + first)
@@ -127,4 +133,4 @@ def test_after_assisted_generation_states_are_as_small_as_before(model, ids):
     prompt = ids[:1].repeat(1, 2)
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=3, **options)
-    assert {state.shape[-1] for layer in cache.layers for state in layer.conv_states.values()} == {3}
+    assert {state.shape[-1] for state in states_of(cache)} == {3}
