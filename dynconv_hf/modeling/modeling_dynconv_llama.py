@@ -45,7 +45,7 @@ from .decode_step import step_group
 from .divided_sequence import refuse_divided_sequence, refuse_gathering
 from .dynamic_conv import DynamicShortConv
 from .parallel_styles import register_parallel_styles
-from .registration import register_names
+from .registration import register_names, register_with_peft
 from .token_positions import token_positions
 
 __all__ = [
@@ -315,6 +315,7 @@ class DynConvLlamaPreTrainedModel(LlamaPreTrainedModel):
 
 class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: DynConvLlamaConfig) -> None:
+        register_with_peft()
         # Past LlamaModel's own __init__: it would build every layer without convolutions first.
         LlamaPreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .configuration_dynconv_llama import DynConvLlamaConfig
 
-__all__ = ["register_names"]
+__all__ = ["register_names", "register_with_peft"]
 
 logger = logging.get_logger(__name__)
 
@@ -28,12 +28,15 @@ def register_names(class_names: list[str]) -> None:
         class_name = f"DynConv{table[_LLAMA]}"
         if class_name in class_names:
             table.setdefault(_OURS, class_name)
-    if find_spec("peft") is not None:
-        _register_with_peft()
 
 
-def _register_with_peft() -> None:
-    """What PEFT adapts in a Llama unless told otherwise; for the convolutions, too, there is `lora_config`."""
+def register_with_peft() -> None:
+    """What PEFT adapts in a Llama unless told otherwise; for the convolutions, too, there is `lora_config`.
+
+    Called when a model is made, since PEFT takes half a second to import.
+    """
+    if find_spec("peft") is None:
+        return
     try:
         from peft.utils import constants
     except ImportError as error:
