@@ -96,11 +96,14 @@ class DynConvLlamaConfig(LlamaConfig):
     @property
     def layer_types(self) -> list[str]:
         """What transformers' caches hold for each layer: "hybrid" is keys and values beside convolution states."""
-        # A single tap looks at no earlier token and has no state.
-        return [
-            "hybrid" if self.conv_kernel_size > 1 and self.has_conv(layer_idx) else "full_attention"
-            for layer_idx in range(self.num_hidden_layers)
-        ]
+        # Fields are read once: every attribute of a config costs a look into transformers' renamed ones, and a
+        # generated token asks for all layers. A single tap looks at no earlier token and has no state.
+        layers, conv_layers = range(self.num_hidden_layers), self.conv_layers
+        if self.conv_kernel_size == 1:
+            return ["full_attention" for _ in layers]
+        if conv_layers is None:
+            return ["hybrid" for _ in layers]
+        return ["hybrid" if layer_idx in conv_layers else "full_attention" for layer_idx in layers]
 
     @property
     def number_of_conv_states(self) -> int:

@@ -26,7 +26,9 @@ class DynamicConvLayer(LinearAttentionAndFullAttentionLayer):
 
     def reset(self) -> None:
         """Forgets everything, so that the next sequence may have another batch size or dtype."""
-        DynamicLayer.reset(self)
+        # transformers 5.17 only zeroes keys and values, whose length would go on counting.
+        self.keys = self.values = None
+        self.is_initialized = False
         record_past = self.record_past
         LinearAttentionCacheLayerMixin.__init__(self, self.number_of_states)
         self.record_past = record_past
@@ -141,12 +143,28 @@ def check_states(cache: Cache, layer_types: list[str], batch: int) -> None:
     """
     if is_compiling():
         return
+    leaves_inference_mode = not torch.is_inference_mode_enabled()
     for layer_idx, (layer, layer_type) in enumerate(zip(cache.layers, layer_types, strict=False)):
         if layer_type != "hybrid":
             continue
-        _check_layer(layer, layer_idx, batch)
-        if not torch.is_inference_mode_enabled():
-            _leave_inference_mode(layer)
+        # The length of a static layer is a tensor, which would have to be fetched from the GPU.
+        length = layer.get_seq_length() if isinstance(layer, DynamicConvLayer) else 0
+        if length and not any(layer.has_previous_state.values()):
+            raise ValueError(
+                f"past_key_values holds keys and values of {length} tokens in layer {layer_idx}, but no states of the "
+                "convolutions: it was not filled by this model. Fill DynamicCache(config=model.config) by calling the "
+                "model on these tokens"
+            )
+        for state_idx, state_BDL in layer.conv_states.items():
+            if state_BDL is None or not layer.has_previous_state[state_idx]:
+                continue
+            rows, _, inputs = state_BDL.shape
+            needed = min(layer.conv_kernel_size[state_idx], length)
+            if rows != batch or inputs < needed:
+                raise ValueError(_misfit(layer_idx, rows, batch, inputs, needed))
+            if leaves_inference_mode and state_BDL.is_inference():
+                # States are written in place, which torch refuses outside of inference mode for what it made within.
+                layer.conv_states[state_idx] = state_BDL.clone()
 
 
 def end_past_recording(cache: Cache) -> None:
@@ -164,35 +182,13 @@ def end_past_recording(cache: Cache) -> None:
         layer.record_past = False
 
 
-def _check_layer(layer: LinearAttentionCacheLayerMixin, layer_idx: int, batch: int) -> None:
-    # The length of a static layer is a tensor, which would have to be fetched from the GPU.
-    length = layer.get_seq_length() if isinstance(layer, DynamicConvLayer) else 0
-    if length and not any(layer.has_previous_state.values()):
-        raise ValueError(
-            f"past_key_values holds keys and values of {length} tokens in layer {layer_idx}, but no states of the "
-            "convolutions: it was not filled by this model. Fill DynamicCache(config=model.config) by calling the "
-            "model on these tokens"
+def _misfit(layer_idx: int, rows: int, batch: int, inputs: int, needed: int) -> str:
+    if rows != batch:
+        return (
+            f"past_key_values holds the convolutions' states of {rows} rows in layer {layer_idx}, but the input has "
+            f"{batch} rows; use cache.batch_repeat_interleave or cache.batch_select_indices, or a new cache"
         )
-    for state_idx, state_BDL in layer.conv_states.items():
-        if state_BDL is None or not layer.has_previous_state[state_idx]:
-            continue
-        if state_BDL.shape[0] != batch:
-            raise ValueError(
-                f"past_key_values holds the convolutions' states of {state_BDL.shape[0]} rows in layer {layer_idx}, "
-                f"but the input has {batch} rows; use cache.batch_repeat_interleave or cache.batch_select_indices, or "
-                "a new cache"
-            )
-        needed = min(layer.conv_kernel_size[state_idx], length)
-        if state_BDL.shape[-1] < needed:
-            raise ValueError(
-                f"past_key_values holds the last {state_BDL.shape[-1]} inputs of a convolution in layer {layer_idx}, "
-                f"but after {length} tokens it reads {needed}: the states were cut. Fill a new cache by calling the "
-                "model on these tokens"
-            )
-
-
-def _leave_inference_mode(layer: LinearAttentionCacheLayerMixin) -> None:
-    """States are written in place, which torch refuses outside of inference mode for what was made within it."""
-    for state_idx, state_BDL in layer.conv_states.items():
-        if state_BDL is not None and state_BDL.is_inference():
-            layer.conv_states[state_idx] = state_BDL.clone()
+    return (
+        f"past_key_values holds the last {inputs} inputs of a convolution in layer {layer_idx}, but it reads {needed} "
+        "at this length: the states were cut. Fill a new cache by calling the model on these tokens"
+    )

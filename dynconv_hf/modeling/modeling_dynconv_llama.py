@@ -357,10 +357,11 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
         attention_mask, padding_mask, whole_mask = _split_masks(attention_mask)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if past_key_values is not None:
-            self._check_cache(past_key_values)
-            adopt_layers(past_key_values, self.config.layer_types)
+            layer_types = self.config.layer_types
+            self._check_cache(past_key_values, layer_types)
+            adopt_layers(past_key_values, layer_types)
             if tokens is not None:
-                check_states(past_key_values, self.config.layer_types, tokens.shape[0])
+                check_states(past_key_values, layer_types, tokens.shape[0])
         conv_positions = None
         if tokens is not None and self.config.conv_kernel_size > 1:
             conv_positions = token_positions(
@@ -386,8 +387,8 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
             **kwargs,
         )
 
-    def _check_cache(self, cache: Cache) -> None:
-        for layer_idx, layer_type in enumerate(self.config.layer_types):
+    def _check_cache(self, cache: Cache, layer_types: list[str]) -> None:
+        for layer_idx, layer_type in enumerate(layer_types):
             if layer_type != "hybrid":
                 continue
             if layer_idx >= len(cache.layers) or not hasattr(cache.layers[layer_idx], "update_conv_state"):

@@ -100,6 +100,9 @@ def _check_padding(
     if torch.compiler.is_compiling():
         # The answer lies in the mask's values, which a compiled model must not wait for.
         return
+    if not (mask[:, 1:] < mask[:, :-1]).any():
+        # Padding on the left, or none: the usual case, and one that costs a generated token little.
+        return
     tokens = bound.shape[1]
     index = torch.arange(tokens, device=mask.device) + (past_length if mask.shape[1] > tokens else 0)
     is_real = mask != 0
