@@ -6,6 +6,7 @@ smallest of them is the `positions` argument of the operation.
 """
 
 import torch
+import torch.nn.functional as F
 
 from ..kernels import MAX_KERNEL_SIZE
 
@@ -186,7 +187,9 @@ def _since_start(starts: torch.Tensor, before: torch.Tensor | int = MAX_KERNEL_S
         # Decoding: a scan over one token would cost launches for each.
         return torch.zeros_like(starts, dtype=torch.int64) + before
     index = torch.arange(starts.shape[1], device=starts.device)
-    last_start = torch.where(starts, index, -1).cummax(dim=1).values
+    # A running maximum over as many tokens as any tap can reach, and not over all: ONNX has no cummax.
+    marked = F.pad(torch.where(starts, index, -1).to(torch.float32), (MAX_KERNEL_SIZE, 0), value=-1.0)
+    last_start = F.max_pool1d(marked, MAX_KERNEL_SIZE + 1, stride=1).to(index.dtype)
     return torch.where(last_start >= 0, index - last_start, index + before)
 
 
