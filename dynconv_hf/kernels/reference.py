@@ -7,6 +7,7 @@ Shape suffixes: B batch, T tokens, D channels, W kernel size, R rank, H filter h
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,10 @@ def headwise_reference(
         static_HP = static_filter_WD[w].to(dtype).unflatten(0, (heads, -1))
         return (filter_BTH1 + static_HP).flatten(-2)
 
+    if x_BTD.shape[1] == 1:
+        filters_BWD = filters_BTHW[:, 0].transpose(1, 2).repeat_interleave(x_BTD.shape[-1] // heads, dim=-1)
+        filters_BWD = filters_BWD if static_filter_WD is None else filters_BWD + static_filter_WD.to(dtype)
+        return _convolve_one_token(x_BTD, filters_BWD, residual, positions_BT, initial_state_BSD)
     return _convolve(x_BTD, tap, kernel_size, residual, positions_BT, initial_state_BSD)
 
 
@@ -58,8 +63,14 @@ def lowrank_reference(
         filter_BTD = coefficients_BTR @ basis_RWD[:, w]
         return filter_BTD if static_filter_WD is None else filter_BTD + static_filter_WD[w].to(dtype)
 
-    # Autocast would round the product that makes the filters to half precision.
-    with torch.autocast(x_BTD.device.type, enabled=False):
+    # Autocast would round the product that makes the filters to half precision. Turning off what is off costs a
+    # generated token as much as the convolution.
+    is_autocast = torch.is_autocast_enabled(x_BTD.device.type)
+    with torch.autocast(x_BTD.device.type, enabled=False) if is_autocast else nullcontext():
+        if x_BTD.shape[1] == 1:
+            filters_BWD = (coefficients_BTR[:, 0] @ basis_RWD.flatten(1)).unflatten(-1, basis_RWD.shape[1:])
+            filters_BWD = filters_BWD if static_filter_WD is None else filters_BWD + static_filter_WD.to(dtype)
+            return _convolve_one_token(x_BTD, filters_BWD, residual, positions_BT, initial_state_BSD)
         return _convolve(x_BTD, tap, kernel_size, residual, positions_BT, initial_state_BSD)
 
 
@@ -73,6 +84,8 @@ def static_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y[t, d] = (x[t, d]) + sum_w s[w, d] * x[t - w, d]."""
     static_filter_WD = static_filter_WD.to(_accumulation_dtype(x_BTD))
+    if x_BTD.shape[1] == 1:
+        return _convolve_one_token(x_BTD, static_filter_WD[None], residual, positions_BT, initial_state_BSD)
     return _convolve(
         x_BTD,
         static_filter_WD.__getitem__,
@@ -104,6 +117,26 @@ def _convolve(
             term_BTD = torch.where((positions_BT >= w).unsqueeze(-1), term_BTD, 0.0)
         y_BTD = y_BTD + term_BTD
     return y_BTD.to(x_BTD.dtype), history_BLD[:, tokens:]
+
+
+def _convolve_one_token(
+    x_BTD: torch.Tensor,
+    filters_BWD: torch.Tensor,
+    residual: bool,
+    positions_BT: torch.Tensor | None,
+    initial_state_BSD: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_convolve` for T = 1, all taps in one product: a generated token on a CPU costs calls, not arithmetic."""
+    kernel_size = filters_BWD.shape[1]
+    history_BLD = _with_state(x_BTD, initial_state_BSD, kernel_size)
+    terms_BWD = filters_BWD * history_BLD.flip(1).to(filters_BWD.dtype)
+    if positions_BT is not None:
+        taps_W = torch.arange(kernel_size, device=positions_BT.device)
+        terms_BWD = torch.where((positions_BT >= taps_W).unsqueeze(-1), terms_BWD, 0.0)
+    y_BTD = terms_BWD.sum(dim=1, keepdim=True)
+    if residual:
+        y_BTD = x_BTD.to(filters_BWD.dtype) + y_BTD
+    return y_BTD.to(x_BTD.dtype), history_BLD[:, 1:]
 
 
 def _with_state(x_BTD: torch.Tensor, initial_state_BSD: torch.Tensor | None, kernel_size: int) -> torch.Tensor:
