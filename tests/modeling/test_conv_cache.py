@@ -111,6 +111,36 @@ def test_a_static_cache_refuses_what_it_cannot_do(model, ids):
 
 
 @torch.no_grad()
+def test_a_static_cache_begins_anew_after_a_reset(model, ids):
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    model(ids[:, :PROMPT], past_key_values=cache)
+    cache.reset()
+    assert_goes_on(model, ids, cache, start=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=LENGTH)])
+def test_reordered_rows(model, ids, make):
+    cache, beams = make(config=model.config), torch.tensor([2, 0, 0])
+    model(ids[:, :PROMPT], past_key_values=cache)
+    cache.reorder_cache(beams)
+    assert_goes_on(model, ids[beams], cache)
+
+
+def test_an_exported_program_would_forget_the_states(model, ids):
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=LENGTH)
+
+        def forward(self, ids):
+            return self.model(ids, past_key_values=self.cache).logits
+
+    with pytest.raises(ValueError, match="states of the convolutions from call to call"):
+        torch.export.export(Step(), (ids[:, :1],), strict=False)
+
+
+@torch.no_grad()
 def test_states_that_do_not_fit_are_refused_before_anything_is_written(model, ids):
     cache = filled(model, ids)
     with pytest.raises(ValueError, match="states of 3 rows in layer 0, but the input has 2 rows"):
