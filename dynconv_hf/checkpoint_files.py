@@ -14,6 +14,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 __all__ = [
     "TensorHeader",
     "check_is_no_adapter",
+    "check_is_there",
     "companion_files",
     "local_directory",
     "open_shard",
@@ -55,12 +56,22 @@ class TensorHeader(NamedTuple):
     bytes: int
 
 
+def check_is_there(name_or_path: str | os.PathLike) -> None:
+    """Tells of a folder that is missing, which transformers would take for a name on the Hub."""
+    name = os.fspath(name_or_path)
+    is_path = isinstance(name_or_path, os.PathLike) or name.startswith((os.sep, ".", "~")) or name.count("/") > 1
+    if is_path and not os.path.isdir(name):
+        raise FileNotFoundError(f"there is no folder {name!r}; give a folder with a checkpoint, or a name on the Hub")
+
+
 def check_is_no_adapter(name_or_path: str | os.PathLike, **hub_arguments: Any) -> None:
     """Refuses a PEFT adapter, whether or not a model lies beside it: transformers would load the adapter onto it.
 
     Raises:
+        FileNotFoundError: what is meant as a folder is not there.
         ValueError: there is an adapter_config.json; the message says where the adapter belongs.
     """
+    check_is_there(name_or_path)
     found = find_adapter_config_file(os.fspath(name_or_path), **hub_arguments)
     if found is None:
         return

@@ -57,6 +57,7 @@ def retrofit(model_or_name_or_path: PreTrainedModel | str | os.PathLike, **kwarg
         `output_loading_info=True`, the model and what transformers says of the loading.
 
     Raises:
+        FileNotFoundError: a path leads to no folder.
         TypeError: an unknown `conv_` field, or the argument is neither a model nor a name or path.
         ValueError: the model is not a Llama causal language model, already has convolutions, has something that the
             result could not keep (adapters, parametrisations, layers that its config does not know, a `forward` of
@@ -83,6 +84,10 @@ def take_conv_fields(kwargs: dict[str, Any], caller: str) -> dict[str, Any]:
     unknown = sorted(set(conv_fields) - set(CONV_FIELDS))
     if unknown:
         raise TypeError(f"{caller} knows no argument {unknown[0]!r}; the convolution is set by {list(CONV_FIELDS)}")
+    without_prefix = [key for key in kwargs if f"conv_{key}" in CONV_FIELDS]
+    if without_prefix:
+        key = without_prefix[0]
+        raise TypeError(f"{caller} knows no argument {key!r}; say conv_{key}={kwargs[key]!r}")
     return {"conv_init": "identity", **conv_fields}
 
 

@@ -196,3 +196,14 @@ def test_a_model_spread_over_devices_is_refused():
         ValueError, match=r"spread over the devices \['0', '1'\]: call retrofit\(name_or_path, device_map"
     ):
         retrofit(base)
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "./nowhere", "a/b/nowhere"])
+def test_a_folder_that_is_not_there(path):
+    with pytest.raises(FileNotFoundError, match=f"there is no folder '{path}'"):
+        retrofit(path)
+
+
+def test_a_field_without_its_prefix():
+    with pytest.raises(TypeError, match="say conv_mode='static'"):
+        retrofit(STORIES, mode="static")
