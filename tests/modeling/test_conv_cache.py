@@ -64,14 +64,16 @@ def test_copies(model, ids, replica):
 
 
 @torch.no_grad()
-def test_another_batch_size_and_dtype_after_a_reset(model, ids):
+def test_another_batch_size_and_dtype_after_a_reset(ids):
+    # Convolutions in every layer: in transformers 5.17, a reset of a layer without them keeps the length.
+    model = moved_model().eval()
     cache = filled(model, ids)
     cache.reset()
     assert_goes_on(model, ids[:2], cache, start=0)
     cache.reset()
     half = copy.deepcopy(model).to(torch.bfloat16)
     half(ids, past_key_values=cache)
-    assert {state.dtype for state in states_of(cache)} == {torch.bfloat16}
+    assert {state.dtype for layer in cache.layers for state in layer.conv_states.values()} == {torch.bfloat16}
 
 
 def test_a_cache_outlives_inference_mode(model, ids):
