@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels import Rotary, lowrank_dynamic_conv1d_group
-from .dynamic_conv import DynamicShortConv, FilterProjection, has_plain_parameters, padded_rows, stack_rows
+from .dynamic_conv import (
+    DynamicShortConv,
+    FilterProjection,
+    has_plain_parameters,
+    is_token_on_cpu,
+    padded_rows,
+    stack_rows,
+)
 
 __all__ = ["can_bypass_calls", "can_group", "convolve_group", "rotary_of_group"]
 
@@ -47,9 +54,9 @@ def convolve_group(
 ) -> list[torch.Tensor]:
     """What the calls of `convs` give for `xs`; then `rotary`, which is for mode "lowrank"."""
     weights = [conv.filter_proj.weight for conv in convs]
-    product = F.linear(hidden_states.to(weights[0].dtype), stack_rows(weights))
+    hidden_states = hidden_states.to(weights[0].dtype)
     if convs[0].mode == "lowrank":
-        coefficients_BTGR = product.unflatten(-1, (len(convs), -1))[..., : weights[0].shape[0]]
+        coefficients_BTGR = _coefficients(hidden_states, weights)
         return lowrank_dynamic_conv1d_group(
             xs,
             coefficients_BTGR,
@@ -61,12 +68,28 @@ def convolve_group(
             initial_states=None if initial_states[0] is None else initial_states,
             rotary=rotary,
         )
+    return [
+        conv.convolve(x, part, positions=positions, initial_state=state)
+        for conv, x, part, state in zip(convs, xs, _filters(hidden_states, weights), initial_states, strict=True)
+    ]
+
+
+def _coefficients(hidden_states: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """(B, T, G, R): what each of G weights (R, hidden_size) makes."""
+    if is_token_on_cpu(hidden_states):
+        return torch.stack([F.linear(hidden_states, weight) for weight in weights], dim=2)
+    product = F.linear(hidden_states, stack_rows(weights))
+    return product.unflatten(-1, (len(weights), -1))[..., : weights[0].shape[0]]
+
+
+def _filters(hidden_states: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """(B, T, H * W) for each of the weights (H * W, hidden_size), which may differ in H."""
+    if is_token_on_cpu(hidden_states):
+        return [F.linear(hidden_states, weight) for weight in weights]
+    product = F.linear(hidden_states, stack_rows(weights))
     # `split`, because the backward of slices would add up tensors that are zero nearly everywhere.
     parts = product.split([padded_rows(weight) for weight in weights], dim=-1)
-    return [
-        conv.convolve(x, part[..., : weight.shape[0]], positions=positions, initial_state=state)
-        for conv, x, part, weight, state in zip(convs, xs, parts, weights, initial_states, strict=True)
-    ]
+    return [part[..., : weight.shape[0]] for part, weight in zip(parts, weights, strict=True)]
 
 
 def rotary_of_group(rotary: Rotary, xs: dict[str, torch.Tensor], convs: dict[str, DynamicShortConv]) -> Rotary | None:

@@ -10,7 +10,14 @@ from torch import nn
 
 from ..kernels import MAX_KERNEL_SIZE, headwise_dynamic_conv1d, lowrank_dynamic_conv1d, static_conv1d
 
-__all__ = ["DynamicShortConv", "FilterProjection", "has_plain_parameters", "padded_rows", "stack_rows"]
+__all__ = [
+    "DynamicShortConv",
+    "FilterProjection",
+    "has_plain_parameters",
+    "is_token_on_cpu",
+    "padded_rows",
+    "stack_rows",
+]
 
 # cuBLAS is slow where rows of its result do not begin at a multiple of 16 bytes.
 ROWS = 16
@@ -31,7 +38,7 @@ class FilterProjection(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states.to(self.weight.dtype)
-        if self.out_features % ROWS == 0 or not has_plain_parameters(self):
+        if self.out_features % ROWS == 0 or is_token_on_cpu(hidden_states) or not has_plain_parameters(self):
             return F.linear(hidden_states, self.weight)
         return F.linear(hidden_states, stack_rows([self.weight]))[..., : self.out_features]
 
@@ -161,6 +168,11 @@ class DynamicShortConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, mode={self.mode!r}, kernel_size={self.kernel_size}, residual={self.residual}"
+
+
+def is_token_on_cpu(hidden_states: torch.Tensor) -> bool:
+    """Whether to leave weights as they are: for one token, to stack or to fill them up costs more than the product."""
+    return hidden_states.shape[1] == 1 and hidden_states.device.type == "cpu"
 
 
 def padded_rows(weight: torch.Tensor) -> int:
