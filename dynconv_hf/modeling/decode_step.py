@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from ..kernels import Rotary
 from ..kernels.decode_ops import MAX_GROUP, decode_step
+from ..kernels.decode_reference import decode_step_reference
 from ..kernels.dispatch import select_implementation
 from .conv_group import can_bypass_calls
 from .dynamic_conv import DynamicShortConv
@@ -37,25 +38,22 @@ def step_group(
     if cache is None or hidden_states.shape[1] != 1 or torch.is_grad_enabled() or not 0 < len(convs) <= MAX_GROUP:
         return None
     modules = list(convs.values())
+    implementation = select_implementation(xs[0], "auto").name
+    if implementation == "reference" and (xs[0].device.type != "cpu" or torch.compiler.is_compiling()):
+        return None
     if not _serves(modules, xs, hidden_states):
         return None
     states = _states(owner, convs, xs, cache)
     if states is None:
         return None
-    outputs = decode_step(
-        hidden_states,
-        xs,
-        [conv.filter_proj.weight for conv in modules],
-        [conv.basis for conv in modules],
-        [conv.static_filter for conv in modules if conv.static_filter is not None],
-        states,
-        positions,
-        None if rotary is None else rotary.cos,
-        None if rotary is None else rotary.sin,
-        0 if rotary is None else rotary.head_dim,
-        [False] * len(convs) if rotary is None else list(rotary.rotated),
-        modules[0].residual,
-    )
+    weights = [conv.filter_proj.weight for conv in modules]
+    bases = [conv.basis for conv in modules]
+    static_filters = [conv.static_filter for conv in modules if conv.static_filter is not None]
+    tensors = (hidden_states, xs, weights, bases, static_filters, states, positions)
+    if implementation == "reference":
+        return decode_step_reference(*tensors, rotary, modules[0].residual)
+    cos, sin, head_dim, rotated = rotary or (None, None, 0, [False] * len(convs))
+    outputs = decode_step(*tensors, cos, sin, head_dim, list(rotated), modules[0].residual)
     return list(outputs[: len(convs)])
 
 
@@ -69,7 +67,6 @@ def _serves(convs: list[DynamicShortConv], xs: list[torch.Tensor], hidden_states
         and len({conv.static_filter.dtype for conv in convs if conv.static_filter is not None}) <= 1
         and convs[0].basis.device == hidden_states.device == xs[0].device
         and not torch.is_autocast_enabled(hidden_states.device.type)
-        and select_implementation(xs[0], "auto").name == "triton"
     )
 
 
