@@ -90,6 +90,11 @@ def _from_mask(mask: torch.Tensor, shape: tuple[int, int], past_length: int | to
     return positions.index_select(1, past_length + torch.arange(tokens, device=mask.device))
 
 
+def _can_read(mask: torch.Tensor) -> bool:
+    """Whether the values of a mask can be looked at: not by a compiled model, and not while a CUDA graph is made."""
+    return not torch.compiler.is_compiling() and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _check_padding(
     mask: torch.Tensor,
     bound: torch.Tensor,
@@ -98,8 +103,7 @@ def _check_padding(
     kernel_size: int,
 ) -> None:
     """Refuses padding inside of a text: the convolutions would take the tokens after it for a text of their own."""
-    if torch.compiler.is_compiling():
-        # The answer lies in the mask's values, which a compiled model must not wait for.
+    if not _can_read(mask):
         return
     if not (mask[:, 1:] < mask[:, :-1]).any():
         # Padding on the left, or none: the usual case, and one that costs a generated token little.
@@ -138,7 +142,7 @@ def _from_whole_mask(
     before = index[:, None] - torch.arange(kernel_size, device=mask.device)
     taps = is_seen.gather(2, before.clamp(min=0).expand(is_seen.shape[0], -1, -1)) | (before < 0)
     reached = taps[..., 1:].to(torch.int64).cumprod(dim=-1)
-    if not torch.compiler.is_compiling():
+    if _can_read(mask):
         has_hole = (taps[..., 1:] & (before[:, 1:] >= 0) & (reached == 0)).any(dim=-1) & taps[..., 0]
         if has_hole.any():
             row, token = has_hole.nonzero()[0].tolist()
