@@ -75,7 +75,7 @@ def test_every_requirement_has_a_lower_bound():
 
 @pytest.mark.parametrize(
     ("name", "works", "fails"),
-    [("torch", "2.9.0", "2.8.0"), ("accelerate", "1.1.0", "1.0.1"), ("peft", "0.18.0", "0.17.1")],
+    [("torch", "2.9.0", "2.8.0"), ("accelerate", "1.1.0", "1.0.1"), ("peft", "0.19.1", "0.19.0")],
 )
 def test_versions_that_fail_are_not_promised(name, works, fails):
     (requirement,) = (requirement for requirement in requirements() if requirement.name == name)
