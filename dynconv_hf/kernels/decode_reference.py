@@ -1,13 +1,12 @@
 """The decode step in eager PyTorch: what `decode_step` computes, and the path for a token on a CPU.
 
-On a CPU a token's time is the number of calls, not their arithmetic: all taps of a convolution are one product.
-
-Shape suffixes: B batch, D channels, W kernel size, R rank.
+Shape suffixes: B batch, D channels, S = W - 1 inputs of a state.
 """
 
 import torch
 import torch.nn.functional as F
 
+from .reference import lowrank_reference
 from .rotary import Rotary, rotate
 
 __all__ = ["decode_step_reference"]
@@ -28,42 +27,18 @@ def decode_step_reference(
 
     The states are shifted in place. Without gradients.
     """
-    hidden_BH = hidden_states[:, 0].to(filter_weights[0].dtype)
+    hidden_states = hidden_states.to(filter_weights[0].dtype)
     ys = []
-    for g, x_B1D in enumerate(xs):
-        static_filter_WD = static_filters[g] if static_filters else None
-        filters_BDW = _filters(F.linear(hidden_BH, filter_weights[g]), bases[g], static_filter_WD, x_B1D.dtype)
-        y_B1D = _convolve(x_B1D, filters_BDW, states[g], positions, residual)
+    for g, (x_B1D, state_BDS) in enumerate(zip(xs, states, strict=True)):
+        y_B1D, final_state_BSD = lowrank_reference(
+            x_B1D,
+            F.linear(hidden_states, filter_weights[g]),
+            bases[g],
+            static_filter_WD=static_filters[g] if static_filters else None,
+            residual=residual,
+            positions_BT=positions,
+            initial_state_BSD=state_BDS.transpose(1, 2),
+        )
+        state_BDS.copy_(final_state_BSD.transpose(1, 2))
         ys.append(rotate(y_B1D, rotary) if rotary is not None and rotary.rotated[g] else y_B1D)
     return ys
-
-
-def _filters(
-    coefficients_BR: torch.Tensor, basis_RWD: torch.Tensor, static_filter_WD: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """(B, D, W), the oldest tap first as in a state, in the dtype that sums are made in."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    coefficients_BR, basis_RN = coefficients_BR.to(dtype), basis_RWD.to(dtype).flatten(1)
-    if static_filter_WD is None:
-        filters_BN = coefficients_BR @ basis_RN
-    else:
-        filters_BN = torch.addmm(static_filter_WD.to(dtype).flatten(), coefficients_BR, basis_RN)
-    return filters_BN.unflatten(-1, basis_RWD.shape[1:]).flip(1).transpose(1, 2)
-
-
-def _convolve(
-    x_B1D: torch.Tensor,
-    filters_BDW: torch.Tensor,
-    state_BDS: torch.Tensor,
-    positions: torch.Tensor | None,
-    residual: bool,
-) -> torch.Tensor:
-    history_BDW = torch.cat([state_BDS, x_B1D.transpose(1, 2)], dim=-1)
-    state_BDS.copy_(history_BDW[..., 1:])
-    terms_BDW = filters_BDW * history_BDW
-    if positions is not None:
-        # `where`, not a product with the mask: what lies outside a token's sequence may be inf or nan.
-        back_W = torch.arange(filters_BDW.shape[-1] - 1, -1, -1, device=positions.device)
-        terms_BDW = torch.where((positions >= back_W).unsqueeze(1), terms_BDW, 0.0)
-    y_B1D = terms_BDW.sum(dim=-1).unsqueeze(1)
-    return (y_B1D + x_B1D if residual else y_B1D).to(x_B1D.dtype)

@@ -6,8 +6,8 @@ import torch
 
 from . import ops
 from .dispatch import Implementation, select_implementation
-from .reference import lowrank_reference
-from .rotary import Rotary, rotate
+from .reference import lowrank_group_reference
+from .rotary import Rotary
 from .validation import (
     check_common,
     check_device,
@@ -80,19 +80,16 @@ def lowrank_dynamic_conv1d_group(
             head_dim,
             list(rotated),
         )
-    ys = []
-    for g, x in enumerate(xs):
-        y, _ = lowrank_reference(
-            x,
-            coefficients[:, :, g],
-            bases[g],
-            static_filter_WD=static_filters and static_filters[g],
-            residual=residual,
-            positions_BT=positions,
-            initial_state_BSD=initial_states and initial_states[g],
-        )
-        ys.append(rotate(y, rotary) if rotary is not None and rotary.rotated[g] else y)
-    return ys
+    return lowrank_group_reference(
+        xs,
+        coefficients,
+        bases,
+        static_filters,
+        residual=residual,
+        positions_BT=positions,
+        initial_states=initial_states,
+        rotary=rotary,
+    )
 
 
 def _check_group(

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .namespace import NAMESPACE as _NAMESPACE
-from .reference import headwise_reference, lowrank_reference, static_reference
-from .rotary import Rotary, rotate
+from .reference import headwise_reference, lowrank_group_reference, lowrank_reference, static_reference
+from .rotary import Rotary
 from .second_derivatives import gradients_of_gradients
 
 __all__ = [
@@ -307,19 +307,16 @@ def _lowrank_group_second_gradients(ctx, cotangents):
 
     def convolve(*inputs):
         (xs, bases, static_filters, initial_states), (coefficients,) = _cut(inputs, ctx.sizes[1:])
-        ys = []
-        for g, x in enumerate(xs):
-            y, _ = lowrank_reference(
-                x,
-                coefficients[:, :, g],
-                bases[g],
-                static_filter_WD=static_filters[g] if static_filters else None,
-                residual=ctx.residual,
-                positions_BT=positions,
-                initial_state_BSD=initial_states[g] if initial_states else None,
-            )
-            ys.append(rotate(y, rotary) if rotary is not None and rotary.rotated[g] else y)
-        return ys
+        return lowrank_group_reference(
+            xs,
+            coefficients,
+            bases,
+            static_filters,
+            residual=ctx.residual,
+            positions_BT=positions,
+            initial_states=initial_states,
+            rotary=rotary,
+        )
 
     inputs = (*(tensor for tensors in lists for tensor in tensors), coefficients)
     ddys, gradients = gradients_of_gradients(convolve, dys, inputs, cotangents)

@@ -6,13 +6,15 @@ tokens, and never a tensor of all filters (B, T, W, D).
 Shape suffixes: B batch, T tokens, D channels, W kernel size, R rank, H filter heads, P channels of one head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ["headwise_reference", "lowrank_reference", "static_reference"]
+from .rotary import Rotary, rotate
+
+__all__ = ["headwise_reference", "lowrank_group_reference", "lowrank_reference", "static_reference"]
 
 
 def headwise_reference(
@@ -72,6 +74,33 @@ def lowrank_reference(
             filters_BWD = filters_BWD if static_filter_WD is None else filters_BWD + static_filter_WD.to(dtype)
             return _convolve_one_token(x_BTD, filters_BWD, residual, positions_BT, initial_state_BSD)
         return _convolve(x_BTD, tap, kernel_size, residual, positions_BT, initial_state_BSD)
+
+
+def lowrank_group_reference(
+    xs: Sequence[torch.Tensor],
+    coefficients_BTGR: torch.Tensor,
+    bases: Sequence[torch.Tensor],
+    static_filters: Sequence[torch.Tensor] | None,
+    *,
+    residual: bool,
+    positions_BT: torch.Tensor | None,
+    initial_states: Sequence[torch.Tensor] | None,
+    rotary: Rotary | None,
+) -> list[torch.Tensor]:
+    """`lowrank_reference` for each of a group, then RoPE where `rotary` says so; None or empty: not given."""
+    ys = []
+    for g, x_BTD in enumerate(xs):
+        y_BTD, _ = lowrank_reference(
+            x_BTD,
+            coefficients_BTGR[:, :, g],
+            bases[g],
+            static_filter_WD=static_filters[g] if static_filters else None,
+            residual=residual,
+            positions_BT=positions_BT,
+            initial_state_BSD=initial_states[g] if initial_states else None,
+        )
+        ys.append(rotate(y_BTD, rotary) if rotary is not None and rotary.rotated[g] else y_BTD)
+    return ys
 
 
 def static_reference(
