@@ -2,13 +2,15 @@
 
 transformers' hybrid layers keep keys and values beside states that are made for recurrent models, and several of their
 methods move the one without the other. A cache made with `DynamicCache(config=...)` or `StaticCache(config=...)` has
-such layers; `adopt_layers` makes them ours when the model first meets the cache, so that every method of the cache
+such layers; `prepare_cache` makes them ours when the model first meets the cache, so that every method of the cache
 from then on does right by the convolutions or refuses.
 
-Shape suffixes: B batch, D channels, L inputs that a state holds: W - 1, more while the past is recorded.
+Shape suffixes: B batch, T tokens, D channels, W kernel size, L inputs that a state holds: W - 1, more while the past
+is recorded.
 """
 
 import torch
+import torch.nn.functional as F
 from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from transformers.cache_utils import (
     Cache,
@@ -18,7 +20,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-__all__ = ["DynamicConvLayer", "StaticConvLayer", "adopt_layers", "check_states", "end_past_recording"]
+__all__ = ["DynamicConvLayer", "StaticConvLayer", "end_past_recording", "exchange_conv_state", "prepare_cache"]
 
 
 class DynamicConvLayer(LinearAttentionAndFullAttentionLayer):
@@ -40,18 +42,16 @@ class DynamicConvLayer(LinearAttentionAndFullAttentionLayer):
             RuntimeError: the past is not recorded.
             ValueError: a state no longer holds the inputs that lie before the removed tokens; nothing has changed.
         """
-        tokens = -tokens_to_remove
-        if tokens > 0 and self.record_past:
-            self._check_recorded(tokens)
-        if self.record_past and any(self.has_previous_state.values()):
-            for state_idx, state_BDL in self.conv_states.items():
-                if state_BDL is not None:
-                    kept = state_BDL.shape[-1] - max(tokens, 0)
-                    width = self.conv_kernel_size[state_idx]
-                    self.conv_states[state_idx] = state_BDL[..., max(kept - width, 0) : kept]
-            DynamicLayer.crop(self, tokens_to_remove)
+        if tokens_to_remove > 0 or not self.record_past:
+            # transformers tells what is wrong.
+            super().crop(tokens_to_remove)
             return
-        super().crop(tokens_to_remove)
+        self._check_recorded(-tokens_to_remove)
+        for state_idx, state_BDL in self.conv_states.items():
+            if state_BDL is not None:
+                kept_BDL = state_BDL[..., : state_BDL.shape[-1] + tokens_to_remove]
+                self.conv_states[state_idx] = _last(kept_BDL, self.conv_kernel_size[state_idx])
+        DynamicLayer.crop(self, tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -114,15 +114,28 @@ OUR_LAYERS = {
 }
 
 
-def adopt_layers(cache: Cache, layer_types: list[str]) -> None:
-    """Makes the layers of `cache` that hold states of convolutions ours; those of another class are left alone.
+def prepare_cache(cache: Cache, layer_types: list[str], batch: int | None) -> None:
+    """Makes the layers of `cache` ours, and checks, before anything is written, that it serves a call of `batch` rows.
+
+    Args:
+        cache: what the caller of a model gave.
+        layer_types: of the model's config; "hybrid" are those with states of convolutions.
+        batch: the rows of the input; None where the call has none, which is an error of the base class.
 
     Raises:
-        ValueError: a static cache is exported, whose states a program would make anew in every call.
+        ValueError: the cache has no place for states, or is exported; a state is missing, has other rows than the
+            input, or holds fewer inputs than a convolution reads.
     """
-    if is_dynamo_compiling():
-        # Dynamo cannot follow a change of class; such a cache becomes ours in the next call that is not compiled.
-        return
+    _check_place(cache, layer_types)
+    # Dynamo cannot follow a change of class; such a cache becomes ours in the next call that is not compiled.
+    if not is_dynamo_compiling():
+        _adopt_layers(cache, layer_types)
+    if batch is not None and not is_compiling():
+        _check_states(cache, layer_types, batch)
+
+
+def _adopt_layers(cache: Cache, layer_types: list[str]) -> None:
+    """Makes the layers of `cache` that hold states of convolutions ours; those of another class are left alone."""
     for layer, layer_type in zip(cache.layers, layer_types, strict=False):
         if layer_type == "hybrid" and type(layer) in OUR_LAYERS:
             # The object stays: users, offloading and beam search hold references to the layers of a cache.
@@ -135,14 +148,8 @@ def adopt_layers(cache: Cache, layer_types: list[str]) -> None:
         )
 
 
-def check_states(cache: Cache, layer_types: list[str], batch: int) -> None:
-    """Checks, before anything is written, that the cache has the states that its cached tokens ask for.
-
-    Raises:
-        ValueError: a state is missing, has other rows than the input, or holds fewer inputs than a convolution reads.
-    """
-    if is_compiling():
-        return
+def _check_states(cache: Cache, layer_types: list[str], batch: int) -> None:
+    """Checks that the cache has the states that its cached tokens ask for."""
     leaves_inference_mode = not torch.is_inference_mode_enabled()
     for layer_idx, (layer, layer_type) in enumerate(zip(cache.layers, layer_types, strict=False)):
         if layer_type != "hybrid":
@@ -167,6 +174,24 @@ def check_states(cache: Cache, layer_types: list[str], batch: int) -> None:
                 layer.conv_states[state_idx] = state_BDL.clone()
 
 
+def exchange_conv_state(
+    cache: Cache, x_BTD: torch.Tensor, layer_idx: int, state_idx: int, kernel_size: int
+) -> torch.Tensor | None:
+    """Hands the inputs of this call to the cache; returns those before them, (B, W - 1, D), or None at the start."""
+    if cache.offloading:
+        _fetch_offloaded_state(cache, x_BTD, layer_idx, state_idx)
+    width = kernel_size - 1
+    history_BDL = cache.update_conv_state(
+        x_BTD.transpose(1, 2), layer_idx, state_idx=state_idx, conv_kernel_size=width
+    )
+    # While past is recorded for a rollback, the cache holds more than W - 1 inputs, or, after one, fewer.
+    past = history_BDL.shape[-1] - x_BTD.shape[1]
+    if past == 0:
+        return None
+    state_BSD = history_BDL[..., max(past - width, 0) : past].transpose(1, 2)
+    return F.pad(state_BSD, (0, 0, width - state_BSD.shape[1], 0))
+
+
 def end_past_recording(cache: Cache) -> None:
     """Ends what `activate_past_recording` began: the states hold the last W - 1 inputs again."""
     for layer in cache.layers:
@@ -176,10 +201,14 @@ def end_past_recording(cache: Cache) -> None:
             if state_BDL is None:
                 continue
             width = layer.conv_kernel_size[state_idx]
-            missing = max(width - state_BDL.shape[-1], 0)
-            last_BDL = state_BDL[..., max(state_BDL.shape[-1] - width, 0) :]
-            layer.conv_states[state_idx] = torch.nn.functional.pad(last_BDL, (missing, 0)).contiguous()
+            last_BDL = _last(state_BDL, width)
+            layer.conv_states[state_idx] = F.pad(last_BDL, (width - last_BDL.shape[-1], 0)).contiguous()
         layer.record_past = False
+
+
+def _last(state_BDL: torch.Tensor, width: int) -> torch.Tensor:
+    """The last `width` inputs, or all where there are fewer."""
+    return state_BDL[..., max(state_BDL.shape[-1] - width, 0) :]
 
 
 def _misfit(layer_idx: int, rows: int, batch: int, inputs: int, needed: int) -> str:
@@ -192,3 +221,31 @@ def _misfit(layer_idx: int, rows: int, batch: int, inputs: int, needed: int) -> 
         f"past_key_values holds the last {inputs} inputs of a convolution in layer {layer_idx}, but it reads {needed} "
         "at this length: the states were cut. Fill a new cache by calling the model on these tokens"
     )
+
+
+def _check_place(cache: Cache, layer_types: list[str]) -> None:
+    for layer_idx, layer_type in enumerate(layer_types):
+        if layer_type != "hybrid":
+            continue
+        if layer_idx >= len(cache.layers) or not hasattr(cache.layers[layer_idx], "update_conv_state"):
+            raise ValueError(
+                f"past_key_values ({type(cache).__name__}) has no place for the states of the convolutions in "
+                f"layer {layer_idx}; make the cache with the model's config, as in "
+                "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...). "
+                "PEFT's prefix tuning makes such a cache itself and is not supported: use LoRA, as "
+                "dynconv_hf.lora_config sets it up"
+            )
+        if cache.offloading and cache.is_compileable:
+            raise ValueError(
+                f"past_key_values is an offloaded {type(cache).__name__}, which never brings layers with states "
+                'of convolutions back to the GPU; use cache_implementation="offloaded" or "static"'
+            )
+        return
+
+
+def _fetch_offloaded_state(cache: Cache, x_BTD: torch.Tensor, layer_idx: int, state_idx: int) -> None:
+    """An offloaded cache brings a layer back for its keys and values only: some states are read before or after."""
+    torch.cuda.current_stream(x_BTD.device).wait_stream(cache.prefetch_stream)
+    states = cache.layers[layer_idx].conv_states
+    if states[state_idx] is not None:
+        states[state_idx] = states[state_idx].to(x_BTD.device)

@@ -98,7 +98,7 @@ def _several_ranks() -> bool:
 
 
 def _looks_back(config: DynConvLlamaConfig) -> bool:
-    return config.conv_kernel_size > 1 and any(map(config.has_conv, range(config.num_hidden_layers)))
+    return "hybrid" in config.layer_types
 
 
 def _is_from_transformers(attention: Callable) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, LlamaConfig
@@ -39,7 +38,7 @@ from ..kernels import Rotary
 from ..kernels.rotary import rotate
 from ..model_card import keep_users_card, prepare_card_for_push, write_model_card
 from .configuration_dynconv_llama import DynConvLlamaConfig, conv_name
-from .conv_cache import adopt_layers, check_states, end_past_recording
+from .conv_cache import end_past_recording, exchange_conv_state, prepare_cache
 from .conv_group import can_group, convolve_group, rotary_of_group
 from .decode_step import step_group
 from .divided_sequence import refuse_divided_sequence, refuse_gathering
@@ -123,7 +122,7 @@ class ConvolvedProjections:
         kernel_size = getattr(self, conv_name(target)).kernel_size
         if past_key_values is None or kernel_size == 1:
             return None
-        return _exchange_conv_state(past_key_values, x_BTD, self.layer_idx, self.conv_state_idx[target], kernel_size)
+        return exchange_conv_state(past_key_values, x_BTD, self.layer_idx, self.conv_state_idx[target], kernel_size)
 
 
 class DynConvLlamaMLP(ConvolvedProjections, LlamaMLP):
@@ -357,11 +356,8 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
         attention_mask, padding_mask, whole_mask = _split_masks(attention_mask)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if past_key_values is not None:
-            layer_types = self.config.layer_types
-            self._check_cache(past_key_values, layer_types)
-            adopt_layers(past_key_values, layer_types)
-            if tokens is not None:
-                check_states(past_key_values, layer_types, tokens.shape[0])
+            batch = None if tokens is None else tokens.shape[0]
+            prepare_cache(past_key_values, self.config.layer_types, batch)
         conv_positions = None
         if tokens is not None and self.config.conv_kernel_size > 1:
             conv_positions = token_positions(
@@ -386,25 +382,6 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
             conv_positions=conv_positions,
             **kwargs,
         )
-
-    def _check_cache(self, cache: Cache, layer_types: list[str]) -> None:
-        for layer_idx, layer_type in enumerate(layer_types):
-            if layer_type != "hybrid":
-                continue
-            if layer_idx >= len(cache.layers) or not hasattr(cache.layers[layer_idx], "update_conv_state"):
-                raise ValueError(
-                    f"past_key_values ({type(cache).__name__}) has no place for the states of the convolutions in "
-                    f"layer {layer_idx}; make the cache with the model's config, as in "
-                    "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...). "
-                    "PEFT's prefix tuning makes such a cache itself and is not supported: use LoRA, as "
-                    "dynconv_hf.lora_config sets it up"
-                )
-            if cache.offloading and cache.is_compileable:
-                raise ValueError(
-                    f"past_key_values is an offloaded {type(cache).__name__}, which never brings layers with states "
-                    'of convolutions back to the GPU; use cache_implementation="offloaded" or "static"'
-                )
-            return
 
 
 class DynConvLlamaForCausalLM(DynConvLlamaPreTrainedModel, LlamaForCausalLM):
@@ -510,29 +487,3 @@ def _split_masks(mask: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | No
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:
         return mask, None, mask
     return mask, None, None
-
-
-def _exchange_conv_state(
-    cache: Cache, x_BTD: torch.Tensor, layer_idx: int, state_idx: int, kernel_size: int
-) -> torch.Tensor | None:
-    """Hands the inputs of this call to the cache; returns those before them, (B, W - 1, D), or None at the start."""
-    if cache.offloading:
-        _fetch_offloaded_state(cache, x_BTD, layer_idx, state_idx)
-    width = kernel_size - 1
-    history_BDL = cache.update_conv_state(
-        x_BTD.transpose(1, 2), layer_idx, state_idx=state_idx, conv_kernel_size=width
-    )
-    # While past is recorded for a rollback, the cache holds more than W - 1 inputs, or, after one, fewer.
-    past = history_BDL.shape[-1] - x_BTD.shape[1]
-    if past == 0:
-        return None
-    state_BSD = history_BDL[..., max(past - width, 0) : past].transpose(1, 2)
-    return F.pad(state_BSD, (0, 0, width - state_BSD.shape[1], 0))
-
-
-def _fetch_offloaded_state(cache: Cache, x_BTD: torch.Tensor, layer_idx: int, state_idx: int) -> None:
-    """An offloaded cache brings a layer back for its keys and values only: some states are read before or after."""
-    torch.cuda.current_stream(x_BTD.device).wait_stream(cache.prefetch_stream)
-    states = cache.layers[layer_idx].conv_states
-    if states[state_idx] is not None:
-        states[state_idx] = states[state_idx].to(x_BTD.device)

@@ -50,24 +50,27 @@ def token_positions(
         ValueError: a shape does not fit; the message holds it. A mask has padding between tokens of one text, or
             hides a token but shows the one before it: a convolution cannot step over what is hidden.
     """
-    bounds = []
-    if position_ids is not None:
-        bounds.append(_from_position_ids(position_ids, shape, jumps_begin_documents))
-    if cu_seq_lens_q is not None:
-        bounds.append(_from_cu_seq_lens(cu_seq_lens_q, shape))
-    if seq_idx is not None:
-        bounds.append(_from_seq_idx(seq_idx, shape))
     positions = None
-    for bound in bounds:
-        positions = bound if positions is None else torch.minimum(positions, bound.to(positions.device))
+    if position_ids is not None:
+        positions = _from_position_ids(position_ids, shape, jumps_begin_documents)
+    if cu_seq_lens_q is not None:
+        positions = _least(positions, _from_cu_seq_lens(cu_seq_lens_q, shape))
+    if seq_idx is not None:
+        positions = _least(positions, _from_seq_idx(seq_idx, shape))
     if attention_mask is not None:
         bound = _from_mask(attention_mask, shape, past_length)
         _check_padding(attention_mask, bound, positions, past_length, kernel_size)
-        positions = bound if positions is None else torch.minimum(bound, positions.to(bound.device))
+        positions = _least(bound, positions)
     if whole_mask is not None:
-        bound = _from_whole_mask(whole_mask, shape, past_length, kernel_size)
-        positions = bound if positions is None else torch.minimum(bound, positions.to(bound.device))
+        positions = _least(_from_whole_mask(whole_mask, shape, past_length, kernel_size), positions)
     return None if positions is None else positions.to(torch.int32)
+
+
+def _least(bound: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """The smaller of two bounds for each token, where the first one lies; None stands for no bound."""
+    if bound is None or other is None:
+        return other if bound is None else bound
+    return torch.minimum(bound, other.to(bound.device))
 
 
 def _from_mask(mask: torch.Tensor, shape: tuple[int, int], past_length: int | torch.Tensor) -> torch.Tensor:
