@@ -151,11 +151,17 @@ def _adopt_layers(cache: Cache, layer_types: list[str]) -> None:
 def _check_states(cache: Cache, layer_types: list[str], batch: int) -> None:
     """Checks that the cache has the states that its cached tokens ask for."""
     leaves_inference_mode = not torch.is_inference_mode_enabled()
+    tokens = cache.get_seq_length()
     for layer_idx, (layer, layer_type) in enumerate(zip(cache.layers, layer_types, strict=False)):
         if layer_type != "hybrid":
             continue
         # The length of a static layer is a tensor, which would have to be fetched from the GPU.
         length = layer.get_seq_length() if isinstance(layer, DynamicConvLayer) else 0
+        if isinstance(layer, DynamicConvLayer) and length != tokens:
+            raise ValueError(
+                f"past_key_values holds {tokens} tokens in layer 0, but {length} in layer {layer_idx}, as after a crop "
+                "that was refused in the middle. Fill a new cache by calling the model on these tokens"
+            )
         if length and not any(layer.has_previous_state.values()):
             raise ValueError(
                 f"past_key_values holds keys and values of {length} tokens in layer {layer_idx}, but no states of the "

@@ -100,6 +100,20 @@ def test_a_rollback_is_exact_or_refused(model, ids, first):
 
 
 @torch.no_grad()
+def test_a_crop_refused_in_the_middle_is_noticed(ids):
+    """Layers without convolutions, before those with them, have let go of their tokens by then."""
+    model = moved_model(conv_layers=[1]).eval()
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(ids[:, :8], past_key_values=cache)
+    cache.crop(-1)
+    with pytest.raises(ValueError, match="are still recorded"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="holds 6 tokens in layer 0, but 7 in layer 1"):
+        model(ids[:, 6:], past_key_values=cache)
+
+
+@torch.no_grad()
 def test_a_static_cache_refuses_what_it_cannot_do(model, ids):
     cache = StaticCache(config=model.config, max_cache_len=LENGTH)
     model(ids[:, :PROMPT], past_key_values=cache)
