@@ -159,8 +159,8 @@ def _check_states(cache: Cache, layer_types: list[str], batch: int) -> None:
         length = layer.get_seq_length() if isinstance(layer, DynamicConvLayer) else 0
         if isinstance(layer, DynamicConvLayer) and length != tokens:
             raise ValueError(
-                f"past_key_values holds {tokens} tokens in layer 0, but {length} in layer {layer_idx}, as after a crop "
-                "that was refused in the middle. Fill a new cache by calling the model on these tokens"
+                f"past_key_values holds {tokens} tokens in layer 0, but {length} in layer {layer_idx}, as after a "
+                "crop that was refused in the middle. Fill a new cache by calling the model on these tokens"
             )
         if length and not any(layer.has_previous_state.values()):
             raise ValueError(
