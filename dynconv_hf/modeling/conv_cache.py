@@ -9,6 +9,8 @@ Shape suffixes: B batch, T tokens, D channels, W kernel size, L inputs that a st
 is recorded.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
@@ -114,13 +116,19 @@ OUR_LAYERS = {
 }
 
 
-def prepare_cache(cache: Cache, layer_types: list[str], batch: int | None) -> None:
+def prepare_cache(
+    cache: Cache, layer_types: list[str], batch: int | None, own_layers: Sequence[int]
+) -> int | torch.Tensor:
     """Makes the layers of `cache` ours, and checks, before anything is written, that it serves a call of `batch` rows.
 
     Args:
         cache: what the caller of a model gave.
         layer_types: of the model's config; "hybrid" are those with states of convolutions.
         batch: the rows of the input; None where the call has none, which is an error of the base class.
+        own_layers: the layers that run in this process; in a pipeline, those of other stages stay empty here.
+
+    Returns:
+        The number of cached tokens; a tensor where the cache is static.
 
     Raises:
         ValueError: the cache has no place for states, or is exported; a state is missing, has other rows than the
@@ -131,7 +139,8 @@ def prepare_cache(cache: Cache, layer_types: list[str], batch: int | None) -> No
     if not is_dynamo_compiling():
         _adopt_layers(cache, layer_types)
     if batch is not None and not is_compiling():
-        _check_states(cache, layer_types, batch)
+        _check_states(cache, layer_types, batch, own_layers)
+    return cache.get_seq_length(own_layers[0]) if own_layers else 0
 
 
 def _adopt_layers(cache: Cache, layer_types: list[str]) -> None:
@@ -148,19 +157,20 @@ def _adopt_layers(cache: Cache, layer_types: list[str]) -> None:
         )
 
 
-def _check_states(cache: Cache, layer_types: list[str], batch: int) -> None:
+def _check_states(cache: Cache, layer_types: list[str], batch: int, own_layers: Sequence[int]) -> None:
     """Checks that the cache has the states that its cached tokens ask for."""
     leaves_inference_mode = not torch.is_inference_mode_enabled()
-    tokens = cache.get_seq_length()
-    for layer_idx, (layer, layer_type) in enumerate(zip(cache.layers, layer_types, strict=False)):
-        if layer_type != "hybrid":
+    tokens = cache.get_seq_length(own_layers[0]) if own_layers else 0
+    for layer_idx in own_layers:
+        if layer_types[layer_idx] != "hybrid":
             continue
+        layer = cache.layers[layer_idx]
         # The length of a static layer is a tensor, which would have to be fetched from the GPU.
         length = layer.get_seq_length() if isinstance(layer, DynamicConvLayer) else 0
         if isinstance(layer, DynamicConvLayer) and length != tokens:
             raise ValueError(
-                f"past_key_values holds {tokens} tokens in layer 0, but {length} in layer {layer_idx}, as after a "
-                "crop that was refused in the middle. Fill a new cache by calling the model on these tokens"
+                f"past_key_values holds {tokens} tokens in layer {own_layers[0]}, but {length} in layer {layer_idx}, "
+                "as after a crop that was refused in the middle. Fill a new cache by calling the model on these tokens"
             )
         if length and not any(layer.has_previous_state.values()):
             raise ValueError(

@@ -355,9 +355,12 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
             use_cache = False
         attention_mask, padding_mask, whole_mask = _split_masks(attention_mask)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        past_length = 0
         if past_key_values is not None:
             batch = None if tokens is None else tokens.shape[0]
-            prepare_cache(past_key_values, self.config.layer_types, batch)
+            # In a pipeline, an identity stands in the place of each layer of another stage.
+            own_layers = [idx for idx, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]
+            past_length = prepare_cache(past_key_values, self.config.layer_types, batch, own_layers)
         conv_positions = None
         if tokens is not None and self.config.conv_kernel_size > 1:
             conv_positions = token_positions(
@@ -366,7 +369,7 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
                 whole_mask=whole_mask,
                 # As in transformers' masks: with a mask or a cache, positions may leave some out.
                 jumps_begin_documents=attention_mask is None and past_key_values is None,
-                past_length=0 if past_key_values is None else past_key_values.get_seq_length(),
+                past_length=past_length,
                 attention_mask=padding_mask,
                 position_ids=position_ids,
                 cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),

@@ -119,8 +119,11 @@ def assert_pipeline_equals_one_process(path: Path) -> None:
     staged = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(pp_size=2))
     with torch.no_grad():
         torch.testing.assert_close(staged(tokens()).logits, single(tokens()).logits)
-    options = {"max_new_tokens": 12, "do_sample": False}
-    assert torch.equal(staged.generate(tokens(), **options), single.generate(tokens(), **options))
+    # Without padding: transformers' own Llama goes wrong there, whose later stages take the cache for empty.
+    options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected, output = (model.generate(tokens(), **options) for model in (single, staged))
+    assert torch.equal(output.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits))
 
 
 def test_pipeline_equals_one_process(two_ranks: Ranks, tmp_path: Path) -> None:
