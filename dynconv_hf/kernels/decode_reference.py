@@ -6,7 +6,7 @@ Shape suffixes: B batch, D channels, S = W - 1 inputs of a state.
 import torch
 import torch.nn.functional as F
 
-from .reference import lowrank_reference
+from .reference import convolve_one_token, lowrank_token_filters
 from .rotary import Rotary, rotate
 
 __all__ = ["decode_step_reference"]
@@ -25,20 +25,47 @@ def decode_step_reference(
 ) -> list[torch.Tensor]:
     """One token of a group of low-rank convolutions; arguments, shapes and dtypes are those of `decode_step`.
 
-    The states are shifted in place. Without gradients.
+    The states are shifted in place. Without gradients. The tensors of a group are convolved and rotated side by side:
+    for one token, a call costs more than what it computes.
     """
-    hidden_states = hidden_states.to(filter_weights[0].dtype)
-    ys = []
-    for g, (x_B1D, state_BDS) in enumerate(zip(xs, states, strict=True)):
-        y_B1D, final_state_BSD = lowrank_reference(
-            x_B1D,
-            F.linear(hidden_states, filter_weights[g]),
-            bases[g],
-            static_filter_WD=static_filters[g] if static_filters else None,
-            residual=residual,
-            positions_BT=positions,
-            initial_state_BSD=state_BDS.transpose(1, 2),
-        )
-        state_BDS.copy_(final_state_BSD.transpose(1, 2))
-        ys.append(rotate(y_B1D, rotary) if rotary is not None and rotary.rotated[g] else y_B1D)
+    sizes = [x_B1D.shape[-1] for x_B1D in xs]
+    filters_BWD = _side_by_side(_filters(hidden_states[:, 0], filter_weights, bases, static_filters, xs[0].dtype))
+    history_BDW = torch.cat([_side_by_side(states, dim=1), _side_by_side(xs).transpose(1, 2)], dim=-1)
+    newest_first = history_BDW.to(filters_BWD.dtype).unbind(-1)[::-1]
+    y_BD = convolve_one_token(newest_first[0], filters_BWD, newest_first, residual, positions)
+    for state_BDS, shifted_BDS in zip(states, history_BDW[..., 1:].split(sizes, dim=1), strict=True):
+        state_BDS.copy_(shifted_BDS)
+    ys = list(y_BD.to(xs[0].dtype).unsqueeze(1).split(sizes, dim=-1))
+    return ys if rotary is None else _rotate_together(ys, rotary)
+
+
+def _filters(
+    hidden_BN: torch.Tensor,
+    filter_weights: list[torch.Tensor],
+    bases: list[torch.Tensor],
+    static_filters: list[torch.Tensor],
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """(B, W, D) each, in the dtype in which a convolution of `dtype` is summed."""
+    hidden_BN = hidden_BN.to(filter_weights[0].dtype)
+    coefficients = [F.linear(hidden_BN, weight_RN) for weight_RN in filter_weights]
+    dtype = torch.promote_types(dtype, torch.float32)
+    if not coefficients[0].dtype == bases[0].dtype == dtype:
+        coefficients = [coefficients_BR.to(dtype) for coefficients_BR in coefficients]
+        bases = [basis_RWD.to(dtype) for basis_RWD in bases]
+    statics = static_filters or [None] * len(bases)
+    return [lowrank_token_filters(*tensors) for tensors in zip(coefficients, bases, statics, strict=True)]
+
+
+def _rotate_together(ys: list[torch.Tensor], rotary: Rotary) -> list[torch.Tensor]:
+    rotated = [g for g, turns in enumerate(rotary.rotated) if turns]
+    if not rotated:
+        return ys
+    turned = rotate(_side_by_side([ys[g] for g in rotated]), rotary)
+    for g, y_B1D in zip(rotated, turned.split([ys[g].shape[-1] for g in rotated], dim=-1), strict=True):
+        ys[g] = y_B1D
     return ys
+
+
+def _side_by_side(tensors: list[torch.Tensor], dim: int = -1) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)

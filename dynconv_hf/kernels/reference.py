@@ -14,7 +14,14 @@ import torch.nn.functional as F
 
 from .rotary import Rotary, rotate
 
-__all__ = ["headwise_reference", "lowrank_group_reference", "lowrank_reference", "static_reference"]
+__all__ = [
+    "convolve_one_token",
+    "headwise_reference",
+    "lowrank_group_reference",
+    "lowrank_reference",
+    "lowrank_token_filters",
+    "static_reference",
+]
 
 
 def headwise_reference(
@@ -42,7 +49,7 @@ def headwise_reference(
     if x_BTD.shape[1] == 1:
         filters_BWD = filters_BTHW[:, 0].transpose(1, 2).repeat_interleave(x_BTD.shape[-1] // heads, dim=-1)
         filters_BWD = filters_BWD if static_filter_WD is None else filters_BWD + static_filter_WD.to(dtype)
-        return _convolve_one_token(x_BTD, filters_BWD, residual, positions_BT, initial_state_BSD)
+        return _convolve_token_and_state(x_BTD, filters_BWD, residual, positions_BT, initial_state_BSD)
     return _convolve(x_BTD, tap, kernel_size, residual, positions_BT, initial_state_BSD)
 
 
@@ -70,9 +77,8 @@ def lowrank_reference(
     is_autocast = torch.is_autocast_enabled(x_BTD.device.type)
     with torch.autocast(x_BTD.device.type, enabled=False) if is_autocast else nullcontext():
         if x_BTD.shape[1] == 1:
-            filters_BWD = (coefficients_BTR[:, 0] @ basis_RWD.flatten(1)).unflatten(-1, basis_RWD.shape[1:])
-            filters_BWD = filters_BWD if static_filter_WD is None else filters_BWD + static_filter_WD.to(dtype)
-            return _convolve_one_token(x_BTD, filters_BWD, residual, positions_BT, initial_state_BSD)
+            filters_BWD = lowrank_token_filters(coefficients_BTR[:, 0], basis_RWD, static_filter_WD)
+            return _convolve_token_and_state(x_BTD, filters_BWD, residual, positions_BT, initial_state_BSD)
         return _convolve(x_BTD, tap, kernel_size, residual, positions_BT, initial_state_BSD)
 
 
@@ -114,7 +120,7 @@ def static_reference(
     """y[t, d] = (x[t, d]) + sum_w s[w, d] * x[t - w, d]."""
     static_filter_WD = static_filter_WD.to(_accumulation_dtype(x_BTD))
     if x_BTD.shape[1] == 1:
-        return _convolve_one_token(x_BTD, static_filter_WD[None], residual, positions_BT, initial_state_BSD)
+        return _convolve_token_and_state(x_BTD, static_filter_WD[None], residual, positions_BT, initial_state_BSD)
     return _convolve(
         x_BTD,
         static_filter_WD.__getitem__,
@@ -148,24 +154,55 @@ def _convolve(
     return y_BTD.to(x_BTD.dtype), history_BLD[:, tokens:]
 
 
-def _convolve_one_token(
+def lowrank_token_filters(
+    coefficients_BR: torch.Tensor, basis_RWD: torch.Tensor, static_filter_WD: torch.Tensor | None
+) -> torch.Tensor:
+    """(B, W, D): the filters of one token of each sequence, all taps in one product, in the dtype of the basis."""
+    basis_RN = basis_RWD.flatten(1)
+    if static_filter_WD is None:
+        filters_BN = coefficients_BR @ basis_RN
+    else:
+        filters_BN = torch.addmm(static_filter_WD.to(basis_RWD.dtype).flatten(), coefficients_BR, basis_RN)
+    return filters_BN.view(-1, *basis_RWD.shape[1:])
+
+
+def convolve_one_token(
+    x_BD: torch.Tensor,
+    filters_BWD: torch.Tensor,
+    inputs_BD: Sequence[torch.Tensor],
+    residual: bool,
+    positions_BT: torch.Tensor | None,
+) -> torch.Tensor:
+    """`_convolve` for T = 1, in as few calls as can be: a generated token on a CPU costs calls, not arithmetic.
+
+    Args:
+        x_BD: what the residual adds.
+        filters_BWD: (B, W, D) or (1, W, D).
+        inputs_BD: W tensors (B, D), x first, then the inputs before it, newest first.
+        residual, positions_BT: as for the whole operation.
+
+    All of one dtype, in which the sum is made.
+    """
+    y_BD = x_BD if residual else torch.zeros_like(x_BD)
+    for w, (filter_BD, input_BD) in enumerate(zip(filters_BWD.unbind(1), inputs_BD, strict=True)):
+        if positions_BT is None:
+            y_BD = torch.addcmul(y_BD, filter_BD, input_BD)
+        else:
+            y_BD = y_BD + torch.where(positions_BT >= w, filter_BD * input_BD, 0.0)
+    return y_BD
+
+
+def _convolve_token_and_state(
     x_BTD: torch.Tensor,
     filters_BWD: torch.Tensor,
     residual: bool,
     positions_BT: torch.Tensor | None,
     initial_state_BSD: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_convolve` for T = 1, all taps in one product: a generated token on a CPU costs calls, not arithmetic."""
-    kernel_size = filters_BWD.shape[1]
-    history_BLD = _with_state(x_BTD, initial_state_BSD, kernel_size)
-    terms_BWD = filters_BWD * history_BLD.flip(1).to(filters_BWD.dtype)
-    if positions_BT is not None:
-        taps_W = torch.arange(kernel_size, device=positions_BT.device)
-        terms_BWD = torch.where((positions_BT >= taps_W).unsqueeze(-1), terms_BWD, 0.0)
-    y_BTD = terms_BWD.sum(dim=1, keepdim=True)
-    if residual:
-        y_BTD = x_BTD.to(filters_BWD.dtype) + y_BTD
-    return y_BTD.to(x_BTD.dtype), history_BLD[:, 1:]
+    history_BLD = _with_state(x_BTD, initial_state_BSD, filters_BWD.shape[1])
+    newest_first = history_BLD.to(filters_BWD.dtype).unbind(1)[::-1]
+    y_BD = convolve_one_token(newest_first[0], filters_BWD, newest_first, residual, positions_BT)
+    return y_BD.to(x_BTD.dtype).unsqueeze(1), history_BLD[:, 1:]
 
 
 def _with_state(x_BTD: torch.Tensor, initial_state_BSD: torch.Tensor | None, kernel_size: int) -> torch.Tensor:

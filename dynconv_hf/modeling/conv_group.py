@@ -7,6 +7,7 @@ Shape suffixes: B batch, T tokens, G tensors of a group, R rank, W kernel size.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +40,11 @@ def can_bypass_calls(convs: Sequence[nn.Module], xs: Sequence[torch.Tensor]) -> 
     for conv in convs:
         if not _is_untouched(conv, DynamicShortConv) or not _is_untouched(conv.filter_proj, FilterProjection):
             return False
-    return all(_agree(conv, convs[0]) for conv in convs[1:]) and all(
-        x.dtype == xs[0].dtype and x.device == xs[0].device for x in xs[1:]
+    if len(convs) == 1:
+        return True
+    kind, x = _kind(convs[0]), xs[0]
+    return all(_kind(conv) == kind for conv in convs[1:]) and all(
+        other.dtype == x.dtype and other.device == x.device for other in xs[1:]
     )
 
 
@@ -122,13 +126,8 @@ def _is_untouched(module: nn.Module, expected: type[nn.Module]) -> bool:
     )
 
 
-def _agree(conv: DynamicShortConv, other: DynamicShortConv) -> bool:
-    weight, other_weight = conv.filter_proj.weight, other.filter_proj.weight
-    return (
-        conv.mode == other.mode
-        and conv.kernel_size == other.kernel_size
-        and conv.residual == other.residual
-        and (conv.static_filter is None) == (other.static_filter is None)
-        and (weight.dtype, weight.device) == (other_weight.dtype, other_weight.device)
-        and (conv.mode != "lowrank" or weight.shape == other_weight.shape)
-    )
+def _kind(conv: DynamicShortConv) -> tuple[Any, ...]:
+    """What the convolutions of a group have in common."""
+    weight = conv.filter_proj.weight
+    shape = weight.shape if conv.mode == "lowrank" else None
+    return conv.mode, conv.kernel_size, conv.residual, conv.static_filter is None, weight.dtype, weight.device, shape

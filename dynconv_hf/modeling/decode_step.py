@@ -41,14 +41,16 @@ def step_group(
     implementation = select_implementation(xs[0], "auto").name
     if implementation == "reference" and (xs[0].device.type != "cpu" or torch.compiler.is_compiling()):
         return None
-    if not _serves(modules, xs, hidden_states):
+    if not can_bypass_calls(modules, xs) or modules[0].mode != "lowrank" or modules[0].kernel_size == 1:
+        return None
+    weights = [conv.filter_proj.weight for conv in modules]
+    bases = [conv.basis for conv in modules]
+    static_filters = [static_filter for conv in modules if (static_filter := conv.static_filter) is not None]
+    if not _serves(bases, static_filters, xs[0], hidden_states):
         return None
     states = _states(owner, convs, xs, cache)
     if states is None:
         return None
-    weights = [conv.filter_proj.weight for conv in modules]
-    bases = [conv.basis for conv in modules]
-    static_filters = [conv.static_filter for conv in modules if conv.static_filter is not None]
     tensors = (hidden_states, xs, weights, bases, static_filters, states, positions)
     if implementation == "reference":
         return decode_step_reference(*tensors, rotary, modules[0].residual)
@@ -57,17 +59,17 @@ def step_group(
     return list(outputs[: len(convs)])
 
 
-def _serves(convs: list[DynamicShortConv], xs: list[torch.Tensor], hidden_states: torch.Tensor) -> bool:
-    """Whether the kernel computes what these convolutions would."""
-    return (
-        can_bypass_calls(convs, xs)
-        and convs[0].mode == "lowrank"
-        and convs[0].kernel_size > 1
-        and len({(conv.basis.dtype, conv.basis.device) for conv in convs}) == 1
-        and len({conv.static_filter.dtype for conv in convs if conv.static_filter is not None}) <= 1
-        and convs[0].basis.device == hidden_states.device == xs[0].device
-        and not torch.is_autocast_enabled(hidden_states.device.type)
-    )
+def _serves(
+    bases: list[torch.Tensor], static_filters: list[torch.Tensor], x: torch.Tensor, hidden_states: torch.Tensor
+) -> bool:
+    """Whether the kernel takes tensors of these dtypes and devices."""
+    basis = bases[0]
+    if not basis.device == hidden_states.device == x.device or torch.is_autocast_enabled(x.device.type):
+        return False
+    for other in bases[1:]:
+        if other.dtype != basis.dtype or other.device != basis.device:
+            return False
+    return all(static_filter.dtype == static_filters[0].dtype for static_filter in static_filters[1:])
 
 
 def _states(

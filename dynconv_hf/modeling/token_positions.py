@@ -44,7 +44,7 @@ def token_positions(
 
     Returns:
         (B, T) or (1, T) int32: exact up to the largest kernel size, at least that beyond it; None where nothing
-        marks a boundary.
+        marks a boundary, and, for a token on a CPU, where no boundary is near enough.
 
     Raises:
         ValueError: a shape does not fit; the message holds it. A mask has padding between tokens of one text, or
@@ -63,7 +63,16 @@ def token_positions(
         positions = _least(bound, positions)
     if whole_mask is not None:
         positions = _least(_from_whole_mask(whole_mask, shape, past_length, kernel_size), positions)
-    return None if positions is None else positions.to(torch.int32)
+    if positions is None or _is_inside(positions, kernel_size):
+        return None
+    return positions.to(torch.int32)
+
+
+def _is_inside(positions: torch.Tensor, kernel_size: int) -> bool:
+    """Whether a token on a CPU has all the inputs that it reads: the convolutions need not ask each again then."""
+    if positions.shape[1] != 1 or positions.device.type != "cpu" or not _can_read(positions):
+        return False
+    return bool((positions >= kernel_size - 1).all())
 
 
 def _least(bound: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
@@ -94,8 +103,10 @@ def _from_mask(mask: torch.Tensor, shape: tuple[int, int], past_length: int | to
 
 
 def _can_read(mask: torch.Tensor) -> bool:
-    """Whether the values of a mask can be looked at: not by a compiled model, and not while a CUDA graph is made."""
-    return not torch.compiler.is_compiling() and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether the values of a mask can be looked at: not in a recorded model, and not while a CUDA graph is made."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _check_padding(

@@ -13,6 +13,9 @@ lengths = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 
 def assert_same_taps(positions, expected):
     """Beyond the largest kernel size, one position is as good as another."""
+    if positions is None:
+        assert (expected >= MAX_KERNEL_SIZE - 1).all()
+        return
     assert torch.equal(positions.clamp(max=MAX_KERNEL_SIZE), expected.clamp(max=MAX_KERNEL_SIZE).to(torch.int32))
 
 
@@ -69,7 +72,9 @@ def test_each_rows_real_tokens_are_as_if_alone_or_refused(rows, tokens, kernel_s
         return
     positions = token_positions((len(rows), tokens), **options)
     for row, t in new:
-        reach = min(positions[row, t - past].item(), kernel_size - 1, t)
+        # None: a token on a CPU, with all the inputs that it reads.
+        position = kernel_size - 1 if positions is None else positions[row, t - past].item()
+        reach = min(position, kernel_size - 1, t)
         assert list(range(t - reach, t + 1)) == wanted[row, t]
 
 
@@ -145,3 +150,11 @@ def test_a_mask_may_be_longer_than_what_is_cached():
 def test_wrong_shapes(options, message):
     with pytest.raises(ValueError, match=message):
         token_positions((2, 5), **options)
+
+
+def test_a_token_on_a_cpu_asks_only_near_a_boundary():
+    for past, padding, is_near in ((3, 0, False), (9, 7, True), (9, 6, False)):
+        mask = torch.ones(2, past + 1, dtype=torch.long)
+        mask[0, :padding] = 0
+        positions = token_positions((2, 1), past_length=past, attention_mask=mask, kernel_size=4)
+        assert (positions is not None) == is_near
