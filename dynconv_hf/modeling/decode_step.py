@@ -45,7 +45,7 @@ def step_group(
         return None
     weights = [conv.filter_proj.weight for conv in modules]
     bases = [conv.basis for conv in modules]
-    static_filters = [static_filter for conv in modules if (static_filter := conv.static_filter) is not None]
+    static_filters = [conv.static_filter for conv in modules if conv.static_filter is not None]
     if not _serves(bases, static_filters, xs[0], hidden_states):
         return None
     states = _states(owner, convs, xs, cache)

@@ -88,7 +88,8 @@ class ConvolvedProjections:
         `rotary` follows on queries and keys, the first two of them. With `recompute` nothing but the hidden states is
         kept for the backward pass.
         """
-        convs = {target: conv for target in targets if (conv := getattr(self, conv_name(target))) is not None}
+        convs = [(target, getattr(self, conv_name(target))) for target in targets]
+        convs = {target: conv for target, conv in convs if conv is not None}
         if not convs:
             xs = [getattr(self, target)(hidden_states) for target in targets]
             return xs if rotary is None else _rotate_heads(*xs, rotary)
