@@ -6,6 +6,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from ..hub import AUTO_MAP, code_files, write_code
+from .liger import register_with_liger
 
 __all__ = ["CONV_TARGETS", "DynConvLlamaConfig", "conv_name"]
 
@@ -92,6 +93,7 @@ class DynConvLlamaConfig(LlamaConfig):
         _check_choice("conv_mode", self.conv_mode, CONV_MODES)
         super().__post_init__(**kwargs)
         self._check_conv_fields()
+        register_with_liger()
 
     @property
     def layer_types(self) -> list[str]:
