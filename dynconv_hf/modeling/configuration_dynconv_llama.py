@@ -145,6 +145,18 @@ class DynConvLlamaConfig(LlamaConfig):
             "down_proj": (self.intermediate_size, self.hidden_size),
         }[target]
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; a plain Llama's config is one to add fields to, of which transformers need not warn.
+
+        PEFT reads the base of an adapter in this way. That a plain Llama has no weights for convolutions is for the
+        models to say, and they do.
+        """
+        fields, kwargs = super().get_config_dict(*args, **kwargs)
+        if fields.get("model_type") == LlamaConfig.model_type:
+            fields["model_type"] = cls.model_type
+        return fields, kwargs
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and beside config.json the code that `trust_remote_code=True` loads.
 

@@ -266,7 +266,7 @@ class DynConvLlamaPreTrainedModel(LlamaPreTrainedModel):
             )
         if kwargs.get("config") is None:
             # Before the weights are read, which may take long.
-            config, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            config, _ = LlamaConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
             if config.get("model_type") == LlamaConfig.model_type:
                 raise ValueError(f"{name} is a plain Llama checkpoint, without convolutions. {_use_retrofit(name)}")
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
