@@ -42,7 +42,8 @@ def told_in_one_line(command: Callable[..., Any]) -> Callable[..., Any]:
 def check_exists(name_or_path: str, *enough: str) -> None:
     """A mistyped path must not be looked up on the Hub, whose answer would speak of tokens and repositories.
 
-    A directory must hold a config, of whatever it is, or one of the files that are `enough`.
+    As `dynconv_hf.checkpoint_files.check_is_there`, which would take seconds to import. A directory must also hold a
+    config, of whatever it is, or one of the files that are `enough`.
     """
     if os.path.isdir(name_or_path):
         if not any(name.endswith(("config.json", *enough)) for name in os.listdir(name_or_path)):

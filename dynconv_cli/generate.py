@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 import dynconv_hf
-from dynconv_hf.adapter_kind import LOADERS, holds
+from dynconv_hf.adapter_kind import LOADERS, adapter_file, find_file
 
 __all__ = ["continue_prompt"]
 
@@ -61,12 +61,12 @@ def _load(
     name_or_path: str, arguments: dict[str, str], tokenizer_name: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, or the adapter on the base that it names; and the tokenizer: the one asked for, or of either."""
-    loader = next((loader for file, loader in LOADERS.items() if holds(name_or_path, file, **arguments)), None)
+    file = adapter_file(name_or_path, **arguments)
     own = (name_or_path, arguments) if tokenizer_name is None else (tokenizer_name, {})
-    if loader is None:
+    if file is None:
         tokenizer = _load_tokenizer(*own)
         return AutoModelForCausalLM.from_pretrained(name_or_path, **arguments), tokenizer
-    model = getattr(dynconv_hf, loader)(name_or_path, adapter_revision=arguments.get("revision"))
+    model = getattr(dynconv_hf, LOADERS[file])(name_or_path, adapter_revision=arguments.get("revision"))
     if tokenizer_name is None and not _has_tokenizer(*own):
         return model, _load_tokenizer(model.config.name_or_path, {})
     return model, _load_tokenizer(*own)
@@ -83,7 +83,7 @@ def _load_tokenizer(name_or_path: str, arguments: dict[str, str]) -> PreTrainedT
 
 
 def _has_tokenizer(name_or_path: str, arguments: dict[str, str]) -> bool:
-    return any(holds(name_or_path, file, **arguments) for file in TOKENIZER_FILES)
+    return any(find_file(name_or_path, file, **arguments) is not None for file in TOKENIZER_FILES)
 
 
 def _check_device(device: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from dynconv_hf import DynConvLlamaConfig
-from dynconv_hf.adapter_kind import LOADERS, holds
+from dynconv_hf.adapter_kind import LOADERS, adapter_file, find_file
 from dynconv_hf.checkpoint_files import TensorHeader, local_directory, open_shard, read_headers, weight_files
 from dynconv_hf.modeling.configuration_dynconv_llama import conv_name
 
@@ -72,15 +72,15 @@ def make_report(name_or_path: str, revision: str | None = None) -> dict[str, Any
 
 def _check_is_no_adapter(name_or_path: str, hub_arguments: dict[str, str]) -> None:
     # A checkpoint may have an adapter beside it, and is what is inspected then.
-    if holds(name_or_path, "config.json", **hub_arguments):
+    if find_file(name_or_path, "config.json", **hub_arguments) is not None:
         return
-    for file, loader in LOADERS.items():
-        if holds(name_or_path, file, **hub_arguments):
-            merge = ".merge_and_unload()" if loader == "load_lora" else ""
-            raise ValueError(
-                f"{name_or_path!r} is an adapter, and `dynconv inspect` reads whole checkpoints: make one with "
-                f"dynconv_hf.{loader}({name_or_path!r}){merge}.save_pretrained(...)"
-            )
+    file = adapter_file(name_or_path, **hub_arguments)
+    if file is not None:
+        merge = ".merge_and_unload()" if LOADERS[file] == "load_lora" else ""
+        raise ValueError(
+            f"{name_or_path!r} is an adapter, and `dynconv inspect` reads whole checkpoints: make one with "
+            f"dynconv_hf.{LOADERS[file]}({name_or_path!r}){merge}.save_pretrained(...)"
+        )
 
 
 def _parts(headers: dict[str, TensorHeader]) -> list[dict[str, Any]]:

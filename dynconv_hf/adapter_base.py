@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
-from .checkpoint_files import check_is_no_adapter
+from .adapter_kind import check_is_no_adapter
 from .modeling import DynConvLlamaConfig, DynConvLlamaForCausalLM
 from .modeling.configuration_dynconv_llama import COMPUTATION_FIELDS
 from .retrofit import CONV_FIELDS as RETROFIT_FIELDS

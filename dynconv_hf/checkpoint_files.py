@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import parse_local_safetensors_file_metadata, snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers.utils.peft_utils import find_adapter_config_file
 
 __all__ = [
     "TensorHeader",
-    "check_is_no_adapter",
     "check_is_there",
     "companion_files",
     "local_directory",
@@ -57,34 +55,22 @@ class TensorHeader(NamedTuple):
 
 
 def check_is_there(name_or_path: str | os.PathLike) -> None:
-    """Tells of a folder that is missing, which transformers would take for a name on the Hub."""
-    name = os.fspath(name_or_path)
-    is_path = isinstance(name_or_path, os.PathLike) or name.startswith((os.sep, ".", "~")) or name.count("/") > 1
-    if is_path and not os.path.isdir(name):
-        raise FileNotFoundError(f"there is no folder {name!r}; give a folder with a checkpoint, or a name on the Hub")
+    """Tells of a folder that is missing, which transformers would take for a name on the Hub.
 
-
-def check_is_no_adapter(name_or_path: str | os.PathLike, **hub_arguments: Any) -> None:
-    """Refuses a PEFT adapter, whether or not a model lies beside it: transformers would load the adapter onto it.
+    `dynconv_cli.errors.check_exists` says the same of the same names, before this package is imported.
 
     Raises:
         FileNotFoundError: what is meant as a folder is not there.
-        ValueError: there is an adapter_config.json; the message says where the adapter belongs.
+        NotADirectoryError: it is a file.
     """
-    check_is_there(name_or_path)
-    found = find_adapter_config_file(os.fspath(name_or_path), **hub_arguments)
-    if found is None:
-        return
     name = os.fspath(name_or_path)
-    try:
-        base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{name!r} holds an adapter whose {found} cannot be read: {error!r}") from error
-    raise ValueError(
-        f"{name!r} holds an adapter of {base!r}, and only a whole Llama can be retrofitted. An adapter that was "
-        f"trained with convolutions is loaded by dynconv_hf.load_lora({name!r}). For any other, give the Llama it was "
-        "made for, or merge it first: PeftModel.merge_and_unload(), and retrofit what that returns"
-    )
+    if os.path.isdir(name):
+        return
+    if os.path.isfile(name):
+        raise NotADirectoryError(f"{name!r} is a file; give the folder that it lies in, or a name on the Hub")
+    is_written_as_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+    if is_written_as_path or isinstance(name_or_path, os.PathLike):
+        raise FileNotFoundError(f"there is no folder {name!r}; give one that exists, or a name on the Hub")
 
 
 def local_directory(name_or_path: str | os.PathLike, variant: str | None = None, **hub_arguments: Any) -> Path:

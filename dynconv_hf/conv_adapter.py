@@ -99,7 +99,7 @@ def load_conv_adapter(
     """
     name = os.fspath(name_or_path)
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs} | {"revision": adapter_revision}
-    check_adapter_kind(name, CONFIG_NAME, **hub)
+    check_adapter_kind(name_or_path, CONFIG_NAME, **hub)
     record = _read_record(cached_file(name, CONFIG_NAME, **hub))
     weights = _read_weights(cached_file(name, WEIGHTS_NAME, **hub))
     if base is None:

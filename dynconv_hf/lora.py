@@ -95,6 +95,7 @@ def load_lora(
             its `dtype`, the convolutions have the dtype they were saved in.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ValueError: the adapter does not fit the base, or does not say which convolutions the base needs; or it holds
             the convolutions alone, which [`load_conv_adapter`] loads.
     """
@@ -103,7 +104,7 @@ def load_lora(
 
     path = os.fspath(name_or_path)
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs} | {"revision": adapter_revision}
-    check_adapter_kind(path, ADAPTER_CONFIG_NAME, **hub)
+    check_adapter_kind(name_or_path, ADAPTER_CONFIG_NAME, **hub)
     config = PeftConfig.from_pretrained(path, **hub)
     record = config.auto_mapping or {}
     fields = {key: value for key, value in record.items() if key.startswith("conv_")}

@@ -169,7 +169,8 @@ from transformers import {auto_class}
 model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
 ```
 
-With the package dynconv-hf installed, its code is used:
+With the package dynconv-hf installed and imported, its code is used. Without the import, transformers says that there
+is custom code here, and asks for `trust_remote_code=True`:
 
 ```python
 import dynconv_hf

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
-from .checkpoint_files import check_is_no_adapter
+from .adapter_kind import check_is_no_adapter
 from .distributed import draw_convs_alike, is_divided
 from .modeling import DynamicShortConv, DynConvLlamaConfig, DynConvLlamaForCausalLM
 from .plain_llama import check_attention, check_forwards, check_layers, check_weights

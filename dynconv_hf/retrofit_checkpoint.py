@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 from transformers.utils import logging
 
+from .adapter_kind import check_is_no_adapter
 from .atomic_directory import check_destination, new_directory
 from .checkpoint_files import (
     COMPANION_PATTERNS,
     INDEX_FILE,
     WEIGHT_PATTERNS,
     TensorHeader,
-    check_is_no_adapter,
     companion_files,
     local_directory,
     open_shard,

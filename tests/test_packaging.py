@@ -100,19 +100,28 @@ def test_readme_names_the_bounds():
 
 
 def test_distributions_hold_the_package_alone(tmp_path):
-    """The source distribution has no lone test files, of which setuptools takes some by itself; the wheel is typed."""
+    """The source distribution has no lone test files, of which setuptools takes some by itself; the wheel is typed.
+
+    What a package index shows has no pictures and links that it would look for beside itself.
+    """
     pytest.importorskip("setuptools", minversion="77")
     for name in ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("dynconv_cli", "dynconv_hf", "tests"):
+    for name in ("docs", "dynconv_cli", "dynconv_hf", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     code = "from setuptools import build_meta\nbuild_meta.build_sdist('dist')\nbuild_meta.build_wheel('dist')"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, timeout=120)
     (sdist,), (wheel,) = (tmp_path / "dist").glob("*.tar.gz"), (tmp_path / "dist").glob("*.whl")
     with tarfile.open(sdist) as archive:
-        folders = {name.split("/")[1] for name in archive.getnames() if name.count("/") > 1}
-    assert {name for name in folders if not name.endswith(".egg-info")} == {"dynconv_cli", "dynconv_hf"}
-    names = zipfile.ZipFile(wheel).namelist()
+        files = {name.partition("/")[2] for name in archive.getnames() if "egg-info" not in name}
+    assert "README.md" in files
+    assert {name for name in files if name.startswith("docs/")} == {"docs/package_index.md"}
+    assert {name.split("/")[0] for name in files if "/" in name} == {"docs", "dynconv_cli", "dynconv_hf"}
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
+    metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
+    assert "retrofit" in metadata
+    assert [link for link in re.findall(r"\]\((.*?)\)", metadata) if not link.startswith("https://")] == []
     assert "dynconv_hf/py.typed" in names
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"dynconv_cli", "dynconv_hf"}
 

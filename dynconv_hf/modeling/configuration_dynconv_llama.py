@@ -6,6 +6,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from ..hub import AUTO_MAP, code_files, write_code
+from .liger import register_with_liger
 
 __all__ = ["CONV_TARGETS", "DynConvLlamaConfig", "conv_name"]
 
@@ -92,6 +93,7 @@ class DynConvLlamaConfig(LlamaConfig):
         _check_choice("conv_mode", self.conv_mode, CONV_MODES)
         super().__post_init__(**kwargs)
         self._check_conv_fields()
+        register_with_liger()
 
     @property
     def layer_types(self) -> list[str]:
@@ -142,6 +144,18 @@ class DynConvLlamaConfig(LlamaConfig):
             "up_proj": (self.hidden_size, self.intermediate_size),
             "down_proj": (self.intermediate_size, self.hidden_size),
         }[target]
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; a plain Llama's config is one to add fields to, of which transformers need not warn.
+
+        PEFT reads the base of an adapter in this way. That a plain Llama has no weights for convolutions is for the
+        models to say, and they do.
+        """
+        fields, kwargs = super().get_config_dict(*args, **kwargs)
+        if fields.get("model_type") == LlamaConfig.model_type:
+            fields["model_type"] = cls.model_type
+        return fields, kwargs
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and beside config.json the code that `trust_remote_code=True` loads.

@@ -43,6 +43,7 @@ from .conv_group import can_group, convolve_group, rotary_of_group
 from .decode_step import step_group
 from .divided_sequence import refuse_divided_sequence, refuse_gathering
 from .dynamic_conv import DynamicShortConv
+from .liger import register_with_liger
 from .parallel_styles import register_parallel_styles
 from .registration import register_names, register_with_peft
 from .token_positions import token_positions
@@ -141,7 +142,11 @@ class DynConvLlamaMLP(ConvolvedProjections, LlamaMLP):
     ) -> torch.Tensor:
         context = {"conv_positions": conv_positions, "past_key_values": past_key_values, "recompute": conv_recompute}
         gate, up = self.project(("gate_proj", "up_proj"), hidden_states, **context)
-        return self.project(("down_proj",), self.act_fn(gate) * up, **context)[0]
+        return self.project(("down_proj",), self.activate(gate, up), **context)[0]
+
+    def activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """A method of its own, in whose place Liger's kernel can stand."""
+        return self.act_fn(gate) * up
 
 
 class DynConvLlamaAttention(ConvolvedProjections, LlamaAttention):
@@ -261,7 +266,7 @@ class DynConvLlamaPreTrainedModel(LlamaPreTrainedModel):
             )
         if kwargs.get("config") is None:
             # Before the weights are read, which may take long.
-            config, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            config, _ = LlamaConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
             if config.get("model_type") == LlamaConfig.model_type:
                 raise ValueError(f"{name} is a plain Llama checkpoint, without convolutions. {_use_retrofit(name)}")
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -315,6 +320,7 @@ class DynConvLlamaPreTrainedModel(LlamaPreTrainedModel):
 class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: DynConvLlamaConfig) -> None:
         register_with_peft()
+        register_with_liger(import_it=True)
         # Past LlamaModel's own __init__: it would build every layer without convolutions first.
         LlamaPreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id

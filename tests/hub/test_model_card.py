@@ -36,7 +36,7 @@ def test_it_says_what_the_model_is(tmp_path):
     }
     text = card.text
     assert "# stories\n" in text and 'from_pretrained("stories", trust_remote_code=True)' in text
-    assert "import dynconv_hf\n" in text and "last 3 tokens" in text
+    assert "import dynconv_hf\n" in text and "custom code" in text and "last 3 tokens" in text
     assert "| `conv_head_size` | `16` |" in text and '| `conv_targets` | `["q_proj", "k_proj", "v_proj"]` |' in text
     assert "conv_rank" not in text
     convs = sum(p.numel() for name, p in model.named_parameters() if "_conv." in name)

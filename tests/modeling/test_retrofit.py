@@ -1,6 +1,8 @@
 """retrofit(): from a path or a model, what passes through, what is shared, what is refused."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dynconv_hf import DynConvLlamaForCausalLM, retrofit
+from dynconv_cli.errors import check_exists
+from dynconv_hf import DynConvLlamaForCausalLM, load_conv_adapter, load_lora, retrofit
+from dynconv_hf.checkpoint_files import check_is_there
 
 from .models import STORIES, base_model, prompt_ids
 from .test_config import SMALL
@@ -198,10 +202,26 @@ def test_a_model_spread_over_devices_is_refused():
         retrofit(base)
 
 
-@pytest.mark.parametrize("path", ["/nowhere", "./nowhere", "a/b/nowhere"])
+@pytest.mark.parametrize("path", ["/nowhere", "./nowhere", "~/nowhere", "a/b/nowhere", r"a\nowhere", Path("nowhere")])
 def test_a_folder_that_is_not_there(path):
-    with pytest.raises(FileNotFoundError, match=f"there is no folder '{path}'"):
-        retrofit(path)
+    for function in (retrofit, load_lora, load_conv_adapter):
+        with pytest.raises(FileNotFoundError, match=re.escape(f"there is no folder {str(path)!r}")):
+            function(path)
+    # The command finds out by itself, before it imports the library; all that it is given is text.
+    if isinstance(path, str):
+        with pytest.raises(FileNotFoundError, match="no such directory"):
+            check_exists(path)
+
+
+def test_a_file_in_place_of_a_folder(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    for function in (retrofit, load_lora, load_conv_adapter, lambda path: check_exists(str(path))):
+        with pytest.raises(NotADirectoryError):
+            function(tmp_path / "model.safetensors")
+
+
+def test_a_name_on_the_hub_is_no_folder():
+    check_is_there("nobody/nothing")
 
 
 def test_a_field_without_its_prefix():

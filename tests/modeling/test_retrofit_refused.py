@@ -6,7 +6,14 @@ import torch
 from torch.nn.utils import parametrizations, parametrize
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dynconv_hf import DynConvLlamaForCausalLM, lora_config, retrofit
+from dynconv_hf import (
+    DynConvLlamaForCausalLM,
+    freeze_base,
+    lora_config,
+    retrofit,
+    retrofit_checkpoint,
+    save_conv_adapter,
+)
 
 from .models import prompt_ids
 from .test_config import SMALL
@@ -126,6 +133,10 @@ def test_folders_of_adapters(tmp_path):
         retrofit(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"no weights for .* parameters of convolutions.*load_lora"):
         DynConvLlamaForCausalLM.from_pretrained(tmp_path / "plain")
+    save_conv_adapter(freeze_base(retrofit(tmp_path / "base")), tmp_path / "convs")
+    for function in (retrofit, lambda source: retrofit_checkpoint(source, tmp_path / "new")):
+        with pytest.raises(ValueError, match=r"holds the convolutions for .*base'.*load_conv_adapter\('.*convs'\)"):
+            function(tmp_path / "convs")
 
     model = DynConvLlamaForCausalLM.from_pretrained(tmp_path / "dynconv")
     adapted = peft.get_peft_model(model, lora_config(model, init_lora_weights=False)).eval()

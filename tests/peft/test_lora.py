@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,13 @@ def test_the_file_holds_exactly_what_was_trained(mode, targets, layers, tmp_path
     loaded = load_lora(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_saving_does_not_warn_of_the_base(tmp_path, monkeypatch, caplog):
+    model = adapted()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model.save_pretrained(tmp_path)
+    assert "model of type" not in caplog.text
 
 
 def retrofit_of(model: PeftModel) -> DynConvLlamaForCausalLM:
