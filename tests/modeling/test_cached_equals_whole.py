@@ -18,7 +18,7 @@ from dynconv_hf.modeling.configuration_dynconv_llama import CONV_TARGETS
 from .models import move_convs
 
 VOCABULARY = 40
-LAYERS = 3
+LAYERS = 2
 LONGEST = 40
 
 targets = st.one_of(
@@ -67,7 +67,7 @@ calls = st.one_of(
 )
 # The tokens of the first chunk, then a method and the tokens of the next chunk, and so on.
 steps = st.tuples(
-    st.integers(1, 6), st.lists(st.tuples(calls, st.sampled_from([1, 4, 0, 2, 6])), min_size=3, max_size=8)
+    st.integers(1, 6), st.lists(st.tuples(calls, st.sampled_from([1, 4, 0, 2, 6])), min_size=3, max_size=6)
 )
 
 
@@ -93,12 +93,12 @@ class Text:
         if self.positions:
             options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
         logits = self.model(new, past_key_values=self.cache, **options).logits
+        # Each row without its padding; what comes to stand behind it is nothing that it could see.
+        unpadded = torch.stack([row.roll(-pad) for row, pad in zip(self.ids, self.padding.tolist(), strict=True)])
+        whole = self.model(unpadded, use_cache=False).logits
         for row, pad in enumerate(self.padding.tolist()):
-            if pad >= self.ids.shape[1]:
-                continue
-            whole = self.model(self.ids[row : row + 1, pad:], use_cache=False).logits[0]
-            start = max(past - pad, 0)
-            torch.testing.assert_close(logits[row, max(pad - past, 0) :], whole[start:], atol=1e-5, rtol=1e-5)
+            expected = whole[row, max(past - pad, 0) : max(self.ids.shape[1] - pad, 0)]
+            torch.testing.assert_close(logits[row, max(pad - past, 0) :], expected, atol=1e-5, rtol=1e-5)
 
     def crop(self, tokens):
         width = self.model.config.conv_kernel_size - 1
@@ -149,7 +149,7 @@ class Text:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
-@settings(max_examples=40, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(
     config=configs,
     padding=st.just([0, 0]) | st.lists(st.integers(0, 5), min_size=2, max_size=3),
