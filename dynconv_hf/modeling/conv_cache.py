@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndStaticFullAttentionLayer,
@@ -49,6 +50,10 @@ class DynamicConvLayer(LinearAttentionAndFullAttentionLayer):
             super().crop(tokens_to_remove)
             return
         self._check_recorded(-tokens_to_remove)
+        if self.get_seq_length() == -tokens_to_remove:
+            # Of a layer without tokens, transformers' methods leave the rows of keys and values as they are.
+            self.reset()
+            return
         for state_idx, state_BDL in self.conv_states.items():
             if state_BDL is not None:
                 kept_BDL = state_BDL[..., : state_BDL.shape[-1] + tokens_to_remove]
@@ -135,26 +140,27 @@ def prepare_cache(
             input, or holds fewer inputs than a convolution reads.
     """
     _check_place(cache, layer_types)
-    # Dynamo cannot follow a change of class; such a cache becomes ours in the next call that is not compiled.
-    if not is_dynamo_compiling():
-        _adopt_layers(cache, layer_types)
-    if batch is not None and not is_compiling():
-        _check_states(cache, layer_types, batch, own_layers)
-    return cache.get_seq_length(own_layers[0]) if own_layers else 0
-
-
-def _adopt_layers(cache: Cache, layer_types: list[str]) -> None:
-    """Makes the layers of `cache` that hold states of convolutions ours; those of another class are left alone."""
-    for layer, layer_type in zip(cache.layers, layer_types, strict=False):
-        if layer_type == "hybrid" and type(layer) in OUR_LAYERS:
-            # The object stays: users, offloading and beam search hold references to the layers of a cache.
-            layer.__class__ = OUR_LAYERS[type(layer)]
-    if is_exporting() and any(type(layer) in OUR_LAYERS.values() for layer in cache.layers):
+    # The flag, and not is_exporting(): in torch 2.9, Dynamo takes that for True in whatever it compiles.
+    if torch.compiler._is_exporting_flag and "hybrid" in layer_types:
         raise ValueError(
             f"torch.export with a cache ({type(cache).__name__}) is not supported: the exported program would not "
             "keep the states of the convolutions from call to call. Export without a cache (use_cache=False), or use "
             'generate(cache_implementation="static"), which compiles the model'
         )
+    for layer, layer_type in zip(cache.layers, layer_types, strict=False):
+        if layer_type == "hybrid":
+            _adopt(layer)
+    if batch is not None and not is_compiling():
+        _check_states(cache, layer_types, batch, own_layers)
+    return cache.get_seq_length(own_layers[0]) if own_layers else 0
+
+
+def _adopt(layer: CacheLayerMixin) -> None:
+    """Makes a layer that holds states of convolutions ours; one of another class is left alone."""
+    # Dynamo cannot follow a change of class; such a layer becomes ours in the next call that is not compiled.
+    if not is_dynamo_compiling() and type(layer) in OUR_LAYERS:
+        # The object stays: users, offloading and beam search hold references to the layers of a cache.
+        layer.__class__ = OUR_LAYERS[type(layer)]
 
 
 def _check_states(cache: Cache, layer_types: list[str], batch: int, own_layers: Sequence[int]) -> None:
@@ -194,6 +200,8 @@ def exchange_conv_state(
     cache: Cache, x_BTD: torch.Tensor, layer_idx: int, state_idx: int, kernel_size: int
 ) -> torch.Tensor | None:
     """Hands the inputs of this call to the cache; returns those before them, (B, W - 1, D), or None at the start."""
+    # A cache that the base class made within this call has not been prepared.
+    _adopt(cache.layers[layer_idx])
     if cache.offloading:
         _fetch_offloaded_state(cache, x_BTD, layer_idx, state_idx)
     width = kernel_size - 1

@@ -364,8 +364,10 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
         past_length = 0
         if past_key_values is not None:
             batch = None if tokens is None else tokens.shape[0]
-            # In a pipeline, an identity stands in the place of each layer of another stage.
-            own_layers = [idx for idx, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]
+            # In a pipeline, an identity stands in the place of each layer of another stage. A draft by early exit is
+            # made with fewer layers in the config.
+            layers = self.layers[: self.config.num_hidden_layers]
+            own_layers = [idx for idx, layer in enumerate(layers) if not isinstance(layer, nn.Identity)]
             past_length = prepare_cache(past_key_values, self.config.layer_types, batch, own_layers)
         conv_positions = None
         if tokens is not None and self.config.conv_kernel_size > 1:

@@ -178,6 +178,12 @@ def test_convolutions_in_some_layers_only():
         assert torch.equal(model.generate(random_ids(2, 7)[:1], **options, **more), out[:1])
 
 
+def test_drafts_by_early_exit():
+    model, options = moved_model(), {**GREEDY, "max_new_tokens": 5}
+    expected = model.generate(random_ids(1, 7), **options)
+    assert torch.equal(model.generate(random_ids(1, 7), **options, assistant_early_exit=2), expected)
+
+
 def test_inputs_embeds(model):
     ids = random_ids(2, 7)
     embeds = model.get_input_embeddings()(ids)
