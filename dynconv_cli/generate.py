@@ -4,7 +4,14 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 from transformers.utils import logging
 
 import dynconv_hf
@@ -64,6 +71,8 @@ def _load(
     file = adapter_file(name_or_path, **arguments)
     own = (name_or_path, arguments) if tokenizer_name is None else (tokenizer_name, {})
     if file is None:
+        # Raises where there is no model either: then it is not the tokenizer that is missing.
+        AutoConfig.from_pretrained(name_or_path, **arguments)
         tokenizer = _load_tokenizer(*own)
         return AutoModelForCausalLM.from_pretrained(name_or_path, **arguments), tokenizer
     model = getattr(dynconv_hf, LOADERS[file])(name_or_path, adapter_revision=arguments.get("revision"))

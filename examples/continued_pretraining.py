@@ -39,6 +39,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from dynconv_hf import DynConvLlamaConfig, freeze_base, parameter_groups, retrofit
+from dynconv_hf.checkpoint_files import check_is_there
 
 try:
     from datasets import Dataset, load_dataset
@@ -162,6 +163,7 @@ def load_model(arguments: ModelArguments, **extra_options: Any) -> PreTrainedMod
     options = {key: value for key, value in options.items() if value is not None}
     options |= {"dtype": arguments.dtype, **extra_options}
     conv_fields = arguments.conv_fields()
+    check_is_there(name)
     if not arguments.retrofit:
         if conv_fields:
             raise ValueError(f"--retrofit false trains {name} as it is, but {sorted(conv_fields)} were given")
@@ -378,7 +380,7 @@ def main() -> None:
         )
         with training_arguments.main_process_first(desc="preparing the text"):
             blocks = load_blocks(data_arguments, tokenizer, model.config.max_position_embeddings)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     trainer = make_trainer(model, tokenizer, blocks, training_arguments)
     continue_pretraining(trainer, checkpoint)

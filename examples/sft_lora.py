@@ -177,7 +177,7 @@ def main() -> None:
             model_arguments.model_name_or_path, revision=model_arguments.revision or "main"
         )
         trainer = make_trainer(model, tokenizer, examples, training_arguments, lora_arguments)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

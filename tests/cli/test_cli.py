@@ -283,6 +283,7 @@ def test_inspect_says_what_to_do_with_an_adapter(tmp_path):
 
 def test_errors_of_generate(moved):
     failed("no such directory: /nowhere", "generate", "/nowhere", "Once")
+    failed("Check your internet connection", "generate", "nobody/nothing", "Once")
     failed("--device abacus cannot be used", "generate", STORIES, "Once", "--device", "abacus")
     failed("tokenizer", "generate", moved, "Once")
 

@@ -251,6 +251,10 @@ def test_errors_on_the_command_line_are_one_line(tmp_path, monkeypatch, text_fil
     with pytest.raises(SystemExit, match=r"error: --output_dir .* already holds files"):
         example.main()
     assert (tmp_path / "out" / "model.safetensors").read_text() == "precious"
+    command = ["example", "--model_name_or_path", "a/b/nowhere", "--text_file", text_file]
+    monkeypatch.setattr(sys, "argv", [*command, "--output_dir", str(tmp_path / "new")])
+    with pytest.raises(SystemExit, match="error: there is no folder 'a/b/nowhere'"):
+        example.main()
 
 
 def test_an_optimizer_with_groups_of_its_own_is_refused(tmp_path, tokenizer, blocks, monkeypatch):
