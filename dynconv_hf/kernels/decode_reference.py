@@ -31,8 +31,8 @@ def decode_step_reference(
     sizes = [x_B1D.shape[-1] for x_B1D in xs]
     filters_BWD = _side_by_side(_filters(hidden_states[:, 0], filter_weights, bases, static_filters, xs[0].dtype))
     history_BDW = torch.cat([_side_by_side(states, dim=1), _side_by_side(xs).transpose(1, 2)], dim=-1)
-    newest_first = history_BDW.to(filters_BWD.dtype).unbind(-1)[::-1]
-    y_BD = convolve_one_token(newest_first[0], filters_BWD, newest_first, residual, positions)
+    history_BWD = history_BDW.transpose(1, 2).to(filters_BWD.dtype)
+    y_BD = convolve_one_token(history_BWD, filters_BWD, residual, positions)
     for state_BDS, shifted_BDS in zip(states, history_BDW[..., 1:].split(sizes, dim=1), strict=True):
         state_BDS.copy_(shifted_BDS)
     ys = list(y_BD.to(xs[0].dtype).unsqueeze(1).split(sizes, dim=-1))

@@ -167,29 +167,23 @@ def lowrank_token_filters(
 
 
 def convolve_one_token(
-    x_BD: torch.Tensor,
-    filters_BWD: torch.Tensor,
-    inputs_BD: Sequence[torch.Tensor],
-    residual: bool,
-    positions_BT: torch.Tensor | None,
+    history_BWD: torch.Tensor, filters_BWD: torch.Tensor, residual: bool, positions_BT: torch.Tensor | None
 ) -> torch.Tensor:
     """`_convolve` for T = 1, in as few calls as can be: a generated token on a CPU costs calls, not arithmetic.
 
     Args:
-        x_BD: what the residual adds.
-        filters_BWD: (B, W, D) or (1, W, D).
-        inputs_BD: W tensors (B, D), x first, then the inputs before it, newest first.
+        history_BWD: the W - 1 inputs before x, oldest first, then x; in the dtype of the sum.
+        filters_BWD: (B, W, D) or (1, W, D), of the same dtype.
         residual, positions_BT: as for the whole operation.
-
-    All of one dtype, in which the sum is made.
     """
-    y_BD = x_BD if residual else torch.zeros_like(x_BD)
-    for w, (filter_BD, input_BD) in enumerate(zip(filters_BWD.unbind(1), inputs_BD, strict=True)):
-        if positions_BT is None:
-            y_BD = torch.addcmul(y_BD, filter_BD, input_BD)
-        else:
-            y_BD = y_BD + torch.where(positions_BT >= w, filter_BD * input_BD, 0.0)
-    return y_BD
+    newest_first_BWD = history_BWD.flip(1)
+    if positions_BT is None:
+        y_BD = torch.linalg.vecdot(filters_BWD, newest_first_BWD, dim=1)
+    else:
+        taps_W = torch.arange(filters_BWD.shape[1], device=positions_BT.device)
+        is_seen_BW1 = (positions_BT >= taps_W).unsqueeze(-1)
+        y_BD = torch.where(is_seen_BW1, filters_BWD * newest_first_BWD, 0.0).sum(dim=1)
+    return y_BD + newest_first_BWD[:, 0] if residual else y_BD
 
 
 def _convolve_token_and_state(
@@ -199,10 +193,9 @@ def _convolve_token_and_state(
     positions_BT: torch.Tensor | None,
     initial_state_BSD: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    history_BLD = _with_state(x_BTD, initial_state_BSD, filters_BWD.shape[1])
-    newest_first = history_BLD.to(filters_BWD.dtype).unbind(1)[::-1]
-    y_BD = convolve_one_token(newest_first[0], filters_BWD, newest_first, residual, positions_BT)
-    return y_BD.to(x_BTD.dtype).unsqueeze(1), history_BLD[:, 1:]
+    history_BWD = _with_state(x_BTD, initial_state_BSD, filters_BWD.shape[1])
+    y_BD = convolve_one_token(history_BWD.to(filters_BWD.dtype), filters_BWD, residual, positions_BT)
+    return y_BD.to(x_BTD.dtype).unsqueeze(1), history_BWD[:, 1:]
 
 
 def _with_state(x_BTD: torch.Tensor, initial_state_BSD: torch.Tensor | None, kernel_size: int) -> torch.Tensor:
