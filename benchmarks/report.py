@@ -15,7 +15,7 @@ def write_report(path: Path, rows: list[dict[str, Any]], **settings: Any) -> Non
     """JSON: the command, the GPU and the versions that measured, then the settings, then the rows."""
     report = {
         "command": shlex.join(["python", *sys.argv]),
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),

@@ -33,9 +33,9 @@ def decode_step_reference(
     history_BDW = torch.cat([_side_by_side(states, dim=1), _side_by_side(xs).transpose(1, 2)], dim=-1)
     history_BWD = history_BDW.transpose(1, 2).to(filters_BWD.dtype)
     y_BD = convolve_one_token(history_BWD, filters_BWD, residual, positions)
-    for state_BDS, shifted_BDS in zip(states, history_BDW[..., 1:].split(sizes, dim=1), strict=True):
+    for state_BDS, shifted_BDS in zip(states, _apart(history_BDW[..., 1:], sizes, dim=1), strict=True):
         state_BDS.copy_(shifted_BDS)
-    ys = list(y_BD.to(xs[0].dtype).unsqueeze(1).split(sizes, dim=-1))
+    ys = _apart(y_BD.to(xs[0].dtype).unsqueeze(1), sizes)
     return ys if rotary is None else _rotate_together(ys, rotary)
 
 
@@ -62,10 +62,14 @@ def _rotate_together(ys: list[torch.Tensor], rotary: Rotary) -> list[torch.Tenso
     if not rotated:
         return ys
     turned = rotate(_side_by_side([ys[g] for g in rotated]), rotary)
-    for g, y_B1D in zip(rotated, turned.split([ys[g].shape[-1] for g in rotated], dim=-1), strict=True):
+    for g, y_B1D in zip(rotated, _apart(turned, [ys[g].shape[-1] for g in rotated]), strict=True):
         ys[g] = y_B1D
     return ys
 
 
 def _side_by_side(tensors: list[torch.Tensor], dim: int = -1) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)
+
+
+def _apart(tensor: torch.Tensor, sizes: list[int], dim: int = -1) -> list[torch.Tensor]:
+    return [tensor] if len(sizes) == 1 else list(tensor.split_with_sizes(sizes, dim))

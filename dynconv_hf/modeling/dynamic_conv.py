@@ -194,5 +194,8 @@ def stack_rows(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def has_plain_parameters(module: nn.Module) -> bool:
     """Whether the module's own parameters are ordinary tensors: not divided over devices, not quantised."""
-    parameters = module._parameters.values()
-    return all(parameter is None or type(parameter) in (nn.Parameter, torch.Tensor) for parameter in parameters)
+    # A loop, not `all`: every group of convolutions asks for every token.
+    for parameter in module._parameters.values():
+        if parameter is not None and type(parameter) not in (nn.Parameter, torch.Tensor):
+            return False
+    return True
