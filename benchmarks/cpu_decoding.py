@@ -70,13 +70,12 @@ def measure(prompt_tokens: int, new_tokens: int, warm_up: int) -> list[dict[str,
         for name, decoder in decoders.items():
             seconds[name].append(decoder.seconds_of_a_token())
     times = {name: [1e3 * second for second in taken[warm_up:]] for name, taken in seconds.items()}
-    medians = {name: statistics.median(taken) for name, taken in times.items()}
     # Neighbours in time have met the same speed of the CPU.
     pairs = {name: [a / b for a, b in zip(taken, times["Llama"], strict=True)] for name, taken in times.items()}
     return [
         {
             "model": name,
-            "token_ms": medians[name],
+            "token_ms": statistics.median(times[name]),
             "fastest_ms": min(times[name]),
             "ratio": statistics.median(pairs[name]),
             "ratio_of_the_fastest": min(times[name]) / min(times["Llama"]),

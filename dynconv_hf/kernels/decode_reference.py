@@ -6,7 +6,7 @@ Shape suffixes: B batch, D channels, S = W - 1 inputs of a state.
 import torch
 import torch.nn.functional as F
 
-from .reference import convolve_one_token, lowrank_token_filters
+from .reference import accumulation_dtype, convolve_one_token, lowrank_token_filters
 from .rotary import Rotary, rotate
 
 __all__ = ["decode_step_reference"]
@@ -28,10 +28,10 @@ def decode_step_reference(
     The states are shifted in place. Without gradients. The tensors of a group are convolved and rotated side by side:
     for one token, a call costs more than what it computes.
     """
-    sizes = [x_B1D.shape[-1] for x_B1D in xs]
-    filters_BWD = _side_by_side(_filters(hidden_states[:, 0], filter_weights, bases, static_filters, xs[0].dtype))
+    sizes, dtype = [x_B1D.shape[-1] for x_B1D in xs], accumulation_dtype(xs[0])
+    filters_BWD = _side_by_side(_filters(hidden_states[:, 0], filter_weights, bases, static_filters, dtype))
     history_BDW = torch.cat([_side_by_side(states, dim=1), _side_by_side(xs).transpose(1, 2)], dim=-1)
-    history_BWD = history_BDW.transpose(1, 2).to(filters_BWD.dtype)
+    history_BWD = history_BDW.transpose(1, 2).to(dtype)
     y_BD = convolve_one_token(history_BWD, filters_BWD, residual, positions)
     for state_BDS, shifted_BDS in zip(states, _apart(history_BDW[..., 1:], sizes, dim=1), strict=True):
         state_BDS.copy_(shifted_BDS)
@@ -46,15 +46,14 @@ def _filters(
     static_filters: list[torch.Tensor],
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """(B, W, D) each, in the dtype in which a convolution of `dtype` is summed."""
+    """(B, W, D) each, in `dtype`; the coefficients are rounded to that of their weights before."""
     hidden_BN = hidden_BN.to(filter_weights[0].dtype)
-    coefficients = [F.linear(hidden_BN, weight_RN) for weight_RN in filter_weights]
-    dtype = torch.promote_types(dtype, torch.float32)
-    if not coefficients[0].dtype == bases[0].dtype == dtype:
-        coefficients = [coefficients_BR.to(dtype) for coefficients_BR in coefficients]
-        bases = [basis_RWD.to(dtype) for basis_RWD in bases]
-    statics = static_filters or [None] * len(bases)
-    return [lowrank_token_filters(*tensors) for tensors in zip(coefficients, bases, statics, strict=True)]
+    return [
+        lowrank_token_filters(F.linear(hidden_BN, weight_RN).to(dtype), basis_RWD.to(dtype), static_filter_WD)
+        for weight_RN, basis_RWD, static_filter_WD in zip(
+            filter_weights, bases, static_filters or [None] * len(bases), strict=True
+        )
+    ]
 
 
 def _rotate_together(ys: list[torch.Tensor], rotary: Rotary) -> list[torch.Tensor]:

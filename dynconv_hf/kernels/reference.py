@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from .rotary import Rotary, rotate
 
 __all__ = [
+    "accumulation_dtype",
     "convolve_one_token",
     "headwise_reference",
     "lowrank_group_reference",
@@ -35,7 +36,7 @@ def headwise_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y[t, d] = (x[t, d]) + sum_w (f[t, d // P, w] + s[w, d]) * x[t - w, d], for heads of P channels."""
     _, _, heads, kernel_size = filters_BTHW.shape
-    dtype = _accumulation_dtype(x_BTD)
+    dtype = accumulation_dtype(x_BTD)
     filters_BTHW = filters_BTHW.to(dtype)
 
     def tap(w: int) -> torch.Tensor:
@@ -65,7 +66,7 @@ def lowrank_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y[t, d] = (x[t, d]) + sum_w (sum_r z[t, r] * u[r, w, d] + s[w, d]) * x[t - w, d]."""
     kernel_size = basis_RWD.shape[1]
-    dtype = _accumulation_dtype(x_BTD)
+    dtype = accumulation_dtype(x_BTD)
     coefficients_BTR, basis_RWD = coefficients_BTR.to(dtype), basis_RWD.to(dtype)
 
     def tap(w: int) -> torch.Tensor:
@@ -118,7 +119,7 @@ def static_reference(
     initial_state_BSD: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y[t, d] = (x[t, d]) + sum_w s[w, d] * x[t - w, d]."""
-    static_filter_WD = static_filter_WD.to(_accumulation_dtype(x_BTD))
+    static_filter_WD = static_filter_WD.to(accumulation_dtype(x_BTD))
     if x_BTD.shape[1] == 1:
         return _convolve_token_and_state(x_BTD, static_filter_WD[None], residual, positions_BT, initial_state_BSD)
     return _convolve(
@@ -142,7 +143,7 @@ def _convolve(
     """The sum over taps, and the final state; `tap(w)` is the filter of tap w, broadcastable to (B, T, D)."""
     tokens = x_BTD.shape[1]
     history_BLD = _with_state(x_BTD, initial_state_BSD, kernel_size)
-    dtype = _accumulation_dtype(x_BTD)
+    dtype = accumulation_dtype(x_BTD)
     y_BTD = x_BTD.to(dtype) if residual else torch.zeros_like(x_BTD, dtype=dtype)
     for w in range(kernel_size):
         start = kernel_size - 1 - w
@@ -205,5 +206,6 @@ def _with_state(x_BTD: torch.Tensor, initial_state_BSD: torch.Tensor | None, ker
     return torch.cat([initial_state_BSD.to(x_BTD.dtype), x_BTD], dim=1)
 
 
-def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a convolution of x is summed."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -150,9 +150,10 @@ def prepare_cache(
     for layer, layer_type in zip(cache.layers, layer_types, strict=False):
         if layer_type == "hybrid":
             _adopt(layer)
+    tokens = cache.get_seq_length(own_layers[0]) if own_layers else 0
     if batch is not None and not is_compiling():
-        _check_states(cache, layer_types, batch, own_layers)
-    return cache.get_seq_length(own_layers[0]) if own_layers else 0
+        _check_states(cache, layer_types, batch, own_layers, tokens)
+    return tokens
 
 
 def _adopt(layer: CacheLayerMixin) -> None:
@@ -163,10 +164,11 @@ def _adopt(layer: CacheLayerMixin) -> None:
         layer.__class__ = OUR_LAYERS[type(layer)]
 
 
-def _check_states(cache: Cache, layer_types: list[str], batch: int, own_layers: Sequence[int]) -> None:
-    """Checks that the cache has the states that its cached tokens ask for."""
+def _check_states(
+    cache: Cache, layer_types: list[str], batch: int, own_layers: Sequence[int], tokens: int | torch.Tensor
+) -> None:
+    """Checks that each layer holds `tokens` tokens, and the states that they ask for."""
     leaves_inference_mode = not torch.is_inference_mode_enabled()
-    tokens = cache.get_seq_length(own_layers[0]) if own_layers else 0
     for layer_idx in own_layers:
         if layer_types[layer_idx] != "hybrid":
             continue

@@ -366,8 +366,8 @@ class DynConvLlamaModel(DynConvLlamaPreTrainedModel, LlamaModel):
             batch = None if tokens is None else tokens.shape[0]
             # In a pipeline, an identity stands in the place of each layer of another stage. A draft by early exit is
             # made with fewer layers in the config.
-            layers = self.layers[: self.config.num_hidden_layers]
-            own_layers = [idx for idx, layer in enumerate(layers) if not isinstance(layer, nn.Identity)]
+            layers = zip(range(self.config.num_hidden_layers), self.layers, strict=False)
+            own_layers = [idx for idx, layer in layers if not isinstance(layer, nn.Identity)]
             past_length = prepare_cache(past_key_values, self.config.layer_types, batch, own_layers)
         conv_positions = None
         if tokens is not None and self.config.conv_kernel_size > 1:

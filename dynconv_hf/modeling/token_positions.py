@@ -72,6 +72,9 @@ def _is_inside(positions: torch.Tensor, kernel_size: int) -> bool:
     """Whether a token on a CPU has all the inputs that it reads: the convolutions need not ask each again then."""
     if positions.shape[1] != 1 or positions.device.type != "cpu" or not _can_read(positions):
         return False
+    if torch.jit.is_tracing():
+        # The answer for these inputs would be recorded as the one for all.
+        return False
     return bool((positions >= kernel_size - 1).all())
 
 
@@ -103,10 +106,8 @@ def _from_mask(mask: torch.Tensor, shape: tuple[int, int], past_length: int | to
 
 
 def _can_read(mask: torch.Tensor) -> bool:
-    """Whether the values of a mask can be looked at: not in a recorded model, and not while a CUDA graph is made."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether the values of a mask can be looked at: not by a compiled model, and not while a CUDA graph is made."""
+    return not torch.compiler.is_compiling() and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _check_padding(
